@@ -1,0 +1,631 @@
+"""GRPO: group relative policy optimization of a language model, with verifiable rewards.
+
+Shao et al. 2024, "DeepSeekMath", arXiv:2402.03300, section 4. For each prompt q, draw G completions o_i from the policy,
+score them, and take as advantage how much better than its group each one is:
+
+    A_i = (r_i - mean(r)) / std(r)                                                   r: the group's G rewards
+
+Then make K updates that raise the probability of the tokens of good completions, within a trust region:
+
+    ratio_t = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)
+    loss_t  = -min(ratio_t A, clip(ratio_t, 1 - clip_low, 1 + clip_high) A) + kl_weight * KL_t(pi || pi_ref)
+
+Where this departs from the paper:
+- The reference policy is the starting point, throughout: the model with its adapter switched off. The paper replaces it
+  now and then.
+- loss_t is averaged over all completion tokens of the step (`loss_normalization: token`, DAPO, arXiv:2503.14476); the
+  paper averages within each completion first (`sequence`). `constant` is Dr. GRPO, arXiv:2503.20783.
+- pi_old is computed by the training forward pass, not taken from the sampler, so that ratio_t is exactly 1 in the first
+  of the K updates. By how much the sampler differs is logged (`policy/sampler_gap`).
+- Groups whose rewards are all equal have advantage 0, exactly, and are not computed on when kl_weight is 0.
+
+    python grpo_train.py
+    python grpo_train.py --config recipes/grpo_gsm8k_qwen2.5-1.5b.yml
+    python grpo_train.py learning_rate=2e-5 group_size=16 lora.rank=32
+    accelerate launch --num_processes 2 grpo_train.py
+
+Letters in shapes: P prompts, G completions per prompt, B = P * G rows, b rows of a micro-batch, T tokens.
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import time
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from peft import LoraConfig, PeftModel, get_peft_model
+from tqdm import tqdm
+from transformers import get_scheduler
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from datasets import load_dataset
+from reward import compute_rewards, find_reward, lenient_correct, strict_correct
+from utils import (
+    Logger,
+    PhaseTimer,
+    check,
+    completion_log_probs,
+    draw_indices,
+    encode_prompts,
+    evaluate,
+    generate,
+    inner_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    new_run_folder,
+    one_line_errors,
+    save_model,
+    seeded_generator,
+    stop_ids,
+    wilson_interval,
+)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config: what each key means stands in grpo_config.yml
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class LoRA:
+    rank: int = 16
+    alpha: float = 32.0
+    target_modules: list[str] = dataclasses.field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+
+    def __post_init__(self):
+        check(self.rank >= 1, "rank", self.rank, "at least 1")
+        check(self.alpha > 0, "alpha", self.alpha, "more than 0")
+        check(self.target_modules, "target_modules", self.target_modules, "at least one name of a linear layer")
+
+
+@dataclasses.dataclass
+class GRPOConfig:
+    # Model
+    model: str = "tiny_model"
+    cache_dir: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    lora: LoRA | None = dataclasses.field(default_factory=LoRA)
+    gradient_checkpointing: bool = False
+    # Task
+    dataset: str = "math_expr"
+    dataset_args: dict = dataclasses.field(default_factory=dict)
+    system_prompt: str = "Think step by step in <think></think>, then answer in <answer></answer>."
+    rewards: dict[str, float] = dataclasses.field(default_factory=lambda: {"accuracy": 1.0, "format": 0.1})
+    # Rollout
+    num_steps: int = 60
+    prompts_per_step: int = 32
+    group_size: int = 8
+    max_new_tokens: int = 96
+    temperature: float = 1.0
+    top_p: float = 1.0
+    # Objective
+    scale_advantages: Literal["group", "batch", "none"] = "group"
+    loss_normalization: Literal["token", "sequence", "constant"] = "token"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_weight: float = 0.0
+    updates_per_step: int = 1
+    mask_truncated: bool = False
+    # Optimizer
+    learning_rate: float = 1e-3
+    lr_schedule: Literal["constant_with_warmup", "linear", "cosine"] = "linear"
+    warmup_steps: int = 5
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    # Memory and speed
+    micro_batch_tokens: int = 16384
+    generation_batch_size: int = 256
+    # Evaluation, logs, seed
+    eval_size: int = 512
+    eval_every: int = 20
+    log_dir: str = "grpo_logs"
+    run_name: str | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        for key, low in {
+            "num_steps": 1,
+            "prompts_per_step": 1,
+            "max_new_tokens": 1,
+            "updates_per_step": 1,
+            "warmup_steps": 0,
+            "micro_batch_tokens": 1,
+            "generation_batch_size": 1,
+            "eval_size": 1,
+            "eval_every": 1,
+            "seed": 0,
+        }.items():
+            check(getattr(self, key) >= low, key, getattr(self, key), f"at least {low}")
+        check(
+            self.group_size >= 2, "group_size", self.group_size, "at least 2: a group of one has no spread to compare"
+        )
+        check(self.temperature > 0, "temperature", self.temperature, "more than 0 (evaluation is always greedy)")
+        check(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0, at most 1")
+        check(0 < self.clip_low < 1, "clip_low", self.clip_low, "between 0 and 1")
+        check(self.clip_high > 0, "clip_high", self.clip_high, "more than 0")
+        check(self.kl_weight >= 0, "kl_weight", self.kl_weight, "at least 0")
+        check(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
+        check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        check(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "more than 0")
+        check(
+            self.warmup_steps < self.num_steps, "warmup_steps", self.warmup_steps, f"fewer than {self.num_steps} steps"
+        )
+        check(self.rewards, "rewards", self.rewards, "at least one reward function with its weight")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The maths
+# ----------------------------------------------------------------------------------------------------------------------
+
+MAX_LOG_RATIO = 20.0  # exp(20) is 5e8: beyond this a ratio says nothing more, and exp would overflow
+
+
+def group_advantages(rewards, scale):
+    """Advantages (P, G) of rewards (P, G): reward minus its group's mean, over a standard deviation (eq. in 4.1.2).
+
+    scale: "group" divides by the group's standard deviation, "batch" by that of all rewards, "none" by nothing
+    A group of equal rewards gets exactly 0: that is asked of the rewards, not of a standard deviation, whose rounding
+    error an epsilon would blow up to advantages near 1.
+    """
+    rewards = rewards.double()
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale == "group":
+        advantages = advantages / rewards.std(dim=1, keepdim=True)
+    elif scale == "batch":
+        advantages = advantages / rewards.std()
+    tied = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
+    return torch.where(tied, 0.0, advantages).float()
+
+
+def row_weights(lengths, normalization, max_new_tokens):
+    """What each token of a row counts in the step's loss, (B,); the loss is the weighted sum over all tokens.
+
+    lengths: (B,) completion tokens of all rows of all processes, 0 for a row that is left out of the loss. So no weight
+    depends on how rows are split into micro-batches or over processes.
+    normalization: "token" is the mean over tokens, "sequence" the mean over rows of the mean over their tokens,
+        "constant" the sum over B * max_new_tokens
+    """
+    kept = (lengths > 0).float()
+    if normalization == "token":
+        return kept / lengths.sum().clamp(min=1)
+    if normalization == "sequence":
+        return kept / (lengths.clamp(min=1) * kept.sum().clamp(min=1))
+    return kept / (len(lengths) * max_new_tokens)
+
+
+def policy_loss(log_probs, old_log_probs, advantages, clip_low, clip_high):
+    """The clipped surrogate per token (eq. 3, negated) and the ratio pi / pi_old, both (b, T). advantages: (b, 1)."""
+    ratio = (log_probs - old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return -torch.min(ratio * advantages, clipped * advantages), ratio
+
+
+def kl_estimate(log_probs, ref_log_probs):
+    """KL(pi || pi_ref) per token, (b, T), unbiased and never negative: exp(d) - d - 1 for d = log(pi_ref / pi) (eq. 4)."""
+    d = (ref_log_probs - log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return d.exp() - d - 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Policy and reference
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def make_policy(model, lora, gradient_checkpointing):
+    """The model with what is to be trained requiring gradients: its adapter, or with `lora: null` all of it.
+
+    A model that came with an adapter goes on training that adapter, and a frozen second copy of it, named "reference",
+    is the reference policy.
+    """
+    if isinstance(model, PeftModel):
+        check(lora is not None, "lora", None, "an adapter, as the model has one (merge it to train all weights)")
+        rank = model.peft_config["default"].r
+        check(lora.rank == rank, "lora.rank", lora.rank, f"{rank}, the rank of the adapter that training starts from")
+        weights = {name: parameter for name, parameter in model.named_parameters() if ".default." in name}
+        model.add_adapter("reference", model.peft_config["default"])
+        copies = dict(model.named_parameters())
+        for name, parameter in weights.items():
+            copies[name.replace(".default.", ".reference.")].data.copy_(parameter.data)
+        model.set_adapter("default")
+    elif lora is not None:
+        names = [name for name, _ in model.named_modules()]
+        for target in lora.target_modules:
+            found = any(name == target or name.endswith(f".{target}") for name in names)
+            check(found, "lora.target_modules", target, "the name of a layer that the model has")
+        settings = LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM"
+        )
+        model = get_peft_model(model, settings)
+    model.eval()  # no dropout, in an adapter from elsewhere either; gradients flow all the same
+    if gradient_checkpointing:
+        inner_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+@contextlib.contextmanager
+def reference_policy(model, frozen_copy):
+    """The model to compute reference log-probs with: the weights that training started from."""
+    if frozen_copy is not None:
+        yield frozen_copy
+    elif "reference" in model.peft_config:
+        model.set_adapter("reference")
+        yield model
+        model.set_adapter("default")
+    else:
+        with model.disable_adapter():
+            yield model
+
+
+@contextlib.contextmanager
+def checkpointed_layers(model):
+    """Layers recompute their activations in the backward pass; transformers asks for train mode, here of them alone."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.training = True
+    yield
+    for layer in layers:
+        layer.training = False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Micro-batches and gradients
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class MicroBatch:
+    ids: torch.Tensor  # (b, T) prompts and completions as sampled, padded on the right
+    mask: torch.Tensor  # (b, T) bool, True at completion tokens
+    advantages: torch.Tensor  # (b, 1)
+    weights: torch.Tensor  # (b, 1), see row_weights
+    sampler_log_probs: torch.Tensor  # (b, T)
+    old_log_probs: torch.Tensor | None = None  # (b, T), found in the first update
+    ref_log_probs: torch.Tensor | None = None  # (b, T), likewise
+
+
+def make_micro_batches(prompts, completions, advantages, weights, token_budget, pad_id):
+    """Rows of weight > 0, longest first, in micro-batches of at most `token_budget` positions (but at least one row).
+
+    prompts: B lists of ids; completions: utils.Completions of B rows; advantages, weights: (B,)
+    """
+    lengths = completions.mask.sum(1).tolist()
+    rows = [row for row, weight in enumerate(weights.tolist()) if weight > 0]
+    rows.sort(key=lambda row: len(prompts[row]) + lengths[row], reverse=True)
+    micro_batches = []
+    while rows:
+        T = len(prompts[rows[0]]) + lengths[rows[0]]
+        b = max(1, token_budget // T)
+        batch, rows = rows[:b], rows[b:]
+        ids = torch.full((len(batch), T), pad_id, device=weights.device)
+        mask = torch.zeros(ids.shape, dtype=torch.bool, device=weights.device)
+        sampler_log_probs = torch.zeros(ids.shape, device=weights.device)
+        for i, row in enumerate(batch):
+            start, end = len(prompts[row]), len(prompts[row]) + lengths[row]
+            ids[i, :start] = torch.tensor(prompts[row])
+            ids[i, start:end] = completions.tokens[row, : lengths[row]]
+            mask[i, start:end] = True
+            sampler_log_probs[i, start:end] = completions.log_probs[row, : lengths[row]]
+        micro_batches.append(MicroBatch(ids, mask, advantages[batch, None], weights[batch, None], sampler_log_probs))
+    return micro_batches
+
+
+def sum_gradients(parameters, accelerator):
+    """Add up the gradients of all processes, in one message."""
+    if accelerator.num_processes == 1:
+        return
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), reduction="sum")
+    for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = grad.view_as(parameter)
+
+
+TOKEN_METRICS = ("ratio", "ratio_error", "kl_old", "kl_k1", "kl_k3", "clip_low", "clip_high", "entropy", "sampler_gap")
+
+
+def summarize_tokens(values, accelerator):
+    """{name: (mean, min, max)} of per-token values {name: 1-D tensors}, over all micro-batches and processes.
+
+    Names without any value, on any process, are left out.
+    """
+    summary = {}
+    for name, parts in values.items():
+        x = torch.cat([torch.zeros(0, device=accelerator.device), *parts]).float()
+        extremes = torch.stack([x.min(), x.max()]) if len(x) else x.new_tensor([torch.inf, -torch.inf])
+        total, count = accelerator.reduce(x.new_tensor([x.sum(), len(x)])).tolist()
+        extremes = accelerator.gather(extremes[None])  # (processes, 2)
+        if count:
+            summary[name] = (total / count, extremes[:, 0].min().item(), extremes[:, 1].max().item())
+    return summary
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main(config):
+    # Set-up: everything that can be wrong with the input is found before the model is loaded.
+    for name in config.rewards:
+        find_reward(name)
+    train_set = load_dataset(config.dataset, "train", config.dataset_args)
+    test_set = load_dataset(config.dataset, "test", config.dataset_args)
+    test_items = [test_set[i] for i in range(min(config.eval_size, len(test_set)))]
+    check(
+        config.device != "cuda" or torch.cuda.is_available(),
+        "device",
+        config.device,
+        "cpu or auto: there is no GPU here",
+    )
+    accelerator = Accelerator(
+        cpu=config.device == "cpu", mixed_precision="bf16" if config.dtype == "bfloat16" else "no"
+    )
+    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    P, G = config.prompts_per_step, config.group_size
+    check(P >= world, "prompts_per_step", P, f"at least {world}, one for each process")
+
+    set_seed(config.seed)  # before the adapter is made: its initial weights follow from the seed, on every process
+    # Trained weights are fp32, whatever the rest is computed in: bf16 would round most updates away.
+    load_dtype = "float32" if config.lora is None else config.dtype
+    model = load_model(config.model, load_dtype, device, config.cache_dir)
+    tokenizer = load_tokenizer(config.model, config.cache_dir)
+    model = make_policy(model, config.lora, config.gradient_checkpointing)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert parameters, "nothing to train"
+    frozen_copy = None
+    if config.lora is None and config.kl_weight > 0:
+        frozen_copy = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = get_scheduler(config.lr_schedule, optimizer, config.warmup_steps, config.num_steps)
+
+    is_main = accelerator.is_main_process
+    folder = new_run_folder(config.log_dir, config.run_name) if is_main else None
+    logger = Logger(folder, config, enabled=is_main)
+    num_trained, num_total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
+    accelerator.print(
+        f"{config.model}: {num_total:,} parameters, {num_trained:,} of them trained, on {device} in {config.dtype}, "
+        f"{inner_model(model).config._attn_implementation} attention\n"
+        f"{config.dataset}: {len(train_set):,} problems, evaluated on {len(test_items):,} held-out ones\n"
+        f"{config.num_steps} steps of {P} prompts x {G} completions of up to {config.max_new_tokens} tokens -> {folder}"
+    )
+    if config.top_p < 1:
+        accelerator.print(
+            f"top_p: {config.top_p} truncates what is sampled but not what is trained on: ratios are biased"
+        )
+
+    progress = tqdm(total=config.num_steps, disable=None if is_main else True, dynamic_ncols=True)
+    history, num_skipped, training_seconds, num_tokens = [], 0, 0.0, 0
+
+    def run_evaluation(step):
+        with PhaseTimer(progress)("evaluate"):
+            result = evaluate(
+                model,
+                tokenizer,
+                test_items,
+                config.system_prompt,
+                config.max_new_tokens,
+                config.generation_batch_size,
+                accelerator,
+            )
+        history.append(result)
+        logger.scalars(
+            {
+                "eval/strict_accuracy": result["strict"],
+                "eval/lenient_accuracy": result["lenient"],
+                "eval/length": result["length"],
+                "eval/truncated": result["truncated"],
+            },
+            step,
+        )
+        logger.completions("eval/completions", test_items[::world][:8], result["texts"], step)
+        if is_main:
+            progress.write(
+                f"step {step:4d}  held-out accuracy: strict {result['strict']:.1%}, lenient {result['lenient']:.1%}"
+            )
+
+    for step in range(config.num_steps):
+        if step % config.eval_every == 0:
+            run_evaluation(step)
+        phase = PhaseTimer(progress)
+        step_start = time.perf_counter()
+
+        # 1. Sample P prompts; this process completes its share of them, G times each.
+        with phase("rollout"):
+            items = [train_set[i] for i in draw_indices(len(train_set), step * P, P, config.seed)]
+            share = slice(rank * P // world, (rank + 1) * P // world)
+            uniforms = torch.rand(
+                P * G, config.max_new_tokens, generator=seeded_generator(config.seed, "rollout", step)
+            )
+            prompts = encode_prompts(tokenizer, [item["prompt"] for item in items[share]], config.system_prompt)
+            with accelerator.autocast():
+                completions = generate(
+                    model,
+                    prompts,
+                    config.max_new_tokens,
+                    stop_ids(model, tokenizer),
+                    tokenizer.pad_token_id,
+                    num_samples=G,
+                    uniforms=uniforms[share.start * G : share.stop * G],
+                    temperature=config.temperature,
+                    top_p=config.top_p,
+                    batch_size=config.generation_batch_size,
+                )
+
+        # 2. Score them. From here on every process knows the scores of all B = P * G rows.
+        with phase("reward"):
+            texts = completions.texts(tokenizer)
+            row_items = [item for item in items[share] for _ in range(G)]
+            columns = {key: [item[key] for item in row_items] for key in row_items[0]}
+            totals, components = compute_rewards(config.rewards, texts, columns)
+            lengths, truncated = completions.mask.sum(1).tolist(), completions.truncated.tolist()
+            scores = gather_object(
+                [
+                    {
+                        "reward": totals[i],
+                        **{f"reward/{name}": values[i] for name, values in components.items()},
+                        "strict": strict_correct(texts[i], row_items[i]["answer"]),
+                        "lenient": lenient_correct(texts[i], row_items[i]["answer"]),
+                        "length": lengths[i],
+                        "truncated": truncated[i],
+                    }
+                    for i in range(len(texts))
+                ]
+            )
+            scores = {name: torch.tensor([float(row[name]) for row in scores], device=device) for name in scores[0]}
+
+        # 3. Advantages within each group, and what every row weighs in the loss.
+        rewards = scores["reward"].view(P, G)
+        advantages = group_advantages(rewards, config.scale_advantages).flatten()  # (B,)
+        loss_lengths = scores["length"] * (1 - scores["truncated"]) if config.mask_truncated else scores["length"]
+        weights = row_weights(loss_lengths, config.loss_normalization, config.max_new_tokens)  # (B,)
+        if config.kl_weight == 0:  # rows without advantage have no gradient: they count, but need no computing
+            weights = torch.where(advantages == 0, 0.0, weights)
+
+        # 4. K updates on these completions.
+        total_loss, kl_loss, grad_norm = 0.0, 0.0, 0.0
+        token_values = {name: [] for name in TOKEN_METRICS}
+        with phase("update"):
+            rows = slice(share.start * G, share.stop * G)
+            micro_batches = make_micro_batches(
+                [prompt for prompt in prompts for _ in range(G)],
+                completions,
+                advantages[rows],
+                weights[rows],
+                config.micro_batch_tokens,
+                tokenizer.pad_token_id,
+            )
+            for update in range(config.updates_per_step if (weights > 0).any() else 0):
+                loss_sums = torch.zeros(2, device=device)
+                for batch in micro_batches:
+                    with checkpointed_layers(model), accelerator.autocast():
+                        log_probs, entropy = completion_log_probs(model, batch.ids, batch.mask, config.temperature)
+                    if update == 0:
+                        batch.old_log_probs = log_probs.detach()
+                    loss, ratio = policy_loss(
+                        log_probs, batch.old_log_probs, batch.advantages, config.clip_low, config.clip_high
+                    )
+                    if config.kl_weight > 0:
+                        if update == 0:
+                            with torch.no_grad(), reference_policy(model, frozen_copy) as ref, accelerator.autocast():
+                                batch.ref_log_probs, _ = completion_log_probs(
+                                    ref, batch.ids, batch.mask, config.temperature
+                                )
+                        kl = kl_estimate(log_probs, batch.ref_log_probs)
+                        loss = loss + config.kl_weight * kl
+                        loss_sums[1] += (config.kl_weight * kl * batch.mask * batch.weights).sum().detach()
+                        token_values["kl_k1"].append((log_probs - batch.ref_log_probs)[batch.mask].detach())
+                        token_values["kl_k3"].append(kl[batch.mask].detach())
+                    loss = (loss * batch.mask * batch.weights).sum()
+                    loss.backward()
+
+                    loss_sums[0] += loss.detach()
+                    ratio, log_probs = ratio.detach()[batch.mask], log_probs.detach()[batch.mask]
+                    sign = batch.advantages.expand_as(batch.mask)[batch.mask].sign()
+                    token_values["ratio"].append(ratio)
+                    token_values["clip_low"].append((ratio < 1 - config.clip_low) & (sign < 0))
+                    token_values["clip_high"].append((ratio > 1 + config.clip_high) & (sign > 0))
+                    token_values["kl_old"].append(ratio - 1 - ratio.log())
+                    token_values["entropy"].append(entropy[batch.mask])
+                    if update == 0:
+                        token_values["ratio_error"].append((ratio - 1).abs())
+                        token_values["sampler_gap"].append((log_probs - batch.sampler_log_probs[batch.mask]).abs())
+                sum_gradients(parameters, accelerator)
+                grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
+                if torch.isfinite(torch.tensor(grad_norm)):
+                    optimizer.step()
+                else:
+                    num_skipped += 1
+                optimizer.zero_grad()
+                total_loss, kl_loss = accelerator.reduce(loss_sums).tolist()
+            learning_rate = schedule.get_last_lr()[0]
+            schedule.step()
+
+        # 5. Log.
+        step_seconds = time.perf_counter() - step_start
+        training_seconds += step_seconds
+        num_tokens += int(scores["length"].sum())
+        tokens = summarize_tokens(token_values, accelerator)
+        metrics = {
+            "reward/mean": rewards.mean(),
+            "reward/std": rewards.std(),
+            "reward/group_std": rewards.std(dim=1).mean(),
+            "reward/equal_groups": (rewards.amax(1) == rewards.amin(1)).float().mean(),
+            **{tag: values.mean() for tag, values in scores.items() if tag.startswith("reward/")},
+            "accuracy/strict": scores["strict"].mean(),
+            "accuracy/lenient": scores["lenient"].mean(),
+            "completion/length_mean": scores["length"].mean(),
+            "completion/length_min": scores["length"].min(),
+            "completion/length_max": scores["length"].max(),
+            "completion/truncated": scores["truncated"].mean(),
+            **{f"policy/{name}": tokens[name][0] for name in TOKEN_METRICS if name in tokens},
+            **{
+                f"policy/{name}_max": tokens[name][2]
+                for name in ("ratio", "ratio_error", "sampler_gap")
+                if name in tokens
+            },
+            **({"policy/ratio_min": tokens["ratio"][1]} if "ratio" in tokens else {}),
+            "optim/loss": total_loss,
+            "optim/kl_term": kl_loss,
+            "optim/grad_norm": grad_norm,
+            "optim/learning_rate": learning_rate,
+            "optim/skipped_steps": num_skipped,
+            "time/step": step_seconds,
+            **{f"time/{name}": seconds for name, seconds in phase.seconds.items()},
+            "throughput/tokens_per_second": scores["length"].sum() / step_seconds,
+            "throughput/rollout_tokens_per_second": scores["length"].sum() / phase.seconds["rollout"],
+            "progress/prompts": (step + 1) * P,
+            "progress/completions": (step + 1) * P * G,
+            "progress/generated_tokens": num_tokens,
+            "progress/seconds": training_seconds,
+        }
+        if device.type == "cuda":
+            metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        logger.scalars(metrics, step + 1)
+        progress.set_postfix_str(
+            f"reward {metrics['reward/mean']:.3f}, accuracy {metrics['accuracy/strict']:.1%}, "
+            f"{metrics['throughput/tokens_per_second']:.0f} tokens/s"
+        )
+        progress.update()
+
+    run_evaluation(config.num_steps)
+    progress.close()
+    if is_main:
+        save_model(model, tokenizer, folder / "model")
+        print_summary(config, folder, history, len(test_items), training_seconds)
+        logger.hparams({"eval/strict_accuracy": history[-1]["strict"], "eval/lenient_accuracy": history[-1]["lenient"]})
+    logger.close()
+    accelerator.end_training()
+
+
+def print_summary(config, folder, history, num_items, seconds):
+    """Accuracy before and after, time, and where the result is."""
+    print(f"\nheld-out accuracy (greedy, {num_items} problems, 95% interval)")
+    for name in ("strict", "lenient"):
+        cells = []
+        for result in (history[0], history[-1]):
+            low, high = wilson_interval(round(result[name] * num_items), num_items)
+            cells.append(f"{result[name]:6.1%} ({low:.1%} to {high:.1%})")
+        print(f"  {name:8}{cells[0]}  ->  {cells[1]}")
+    print(f"training took {seconds:.0f} s; TensorBoard: tensorboard --logdir={config.log_dir}")
+    print(f"{'model' if config.lora is None else 'adapter'}: {folder / 'model'}; to load it:")
+    if config.lora is None:
+        print(f'  AutoModelForCausalLM.from_pretrained("{folder / "model"}")')
+    else:
+        print(
+            f'  PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{config.model}"), "{folder / "model"}")'
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Fine-tune a language model with GRPO.")
+    parser.add_argument("--config", default="grpo_config.yml", help="YAML file that sets every key (%(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys to set otherwise, e.g. lora.rank=32")
+    arguments = parser.parse_args()
+    with one_line_errors():
+        main(load_config(GRPOConfig, arguments.config, arguments.overrides))

@@ -1,0 +1,194 @@
+"""Rewards: from completions and reference answers, both text, to numbers in [0, 1]. No torch here.
+
+Completions are hostile input. Nothing in them is executed, sizes are bounded before any arithmetic, and what cannot be
+read as an answer is simply wrong. A bug in a reward function, on the other hand, stops the run.
+
+A reward function has the signature that TRL's GRPOTrainer uses, `f(completions, answer, **columns) -> list[float]`: it
+gets every column of the dataset as a list with one entry a completion. Add yours to REWARDS, or name it in the config as
+`my_module:my_function`.
+"""
+
+import importlib
+import math
+import re
+from fractions import Fraction
+
+MAX_ANSWER_CHARS = 200  # a longer answer is wrong, unread
+MAX_TEXT_CHARS = 1_000_000  # likewise a longer completion
+MAX_TAIL_CHARS = 1_000  # how far from its end the last number of a text is looked for
+MAX_POWER = 1_000
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Extraction
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def strict_answer(text):
+    """What stands in the answer tags of "<think>…</think><answer>…</answer>", or None if the text has any other form.
+
+    Each tag occurs exactly once, in this order, with nothing but white space before, between and after the two blocks.
+    """
+    if len(text) > MAX_TEXT_CHARS or any(text.count(tag) != 1 for tag in TAGS):
+        return None
+    before, _, rest = text.partition("<think>")
+    _, end_think, rest = rest.partition("</think>")
+    between, start_answer, rest = rest.partition("<answer>")
+    answer, end_answer, after = rest.partition("</answer>")
+    in_order = end_think and start_answer and end_answer
+    return answer.strip() if in_order and not (before + between + after).strip() else None
+
+
+# Runs of characters that values are written with; = and everything else separate them. One character class repeated:
+# these patterns cannot backtrack.
+_RUN = re.compile(r"[0-9xX^*+\-./,$% ]+")
+_WORD = re.compile(r"[A-Za-z]+")
+_NUMBER = re.compile(r"(?<![0-9xX.,)])-?\$?[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?(?:/[0-9]+)?%?|[0-9]+(?:\.[0-9]+)?")
+
+
+def lenient_answer(text):
+    """The last number or polynomial of the text as written there, tags or not, or None if there is none."""
+    tail = text[-MAX_TAIL_CHARS:]
+    if len(tail) < len(text):  # what the cut went through is no number of the text
+        tail = tail.lstrip("0123456789xX^*+-−./,$% ")
+    tail = tail.replace("−", "-")
+    # Words are not values: the x of "next" is no variable. (A lone x is one.)
+    tail = _WORD.sub(lambda match: match[0] if match[0] in "xX" else "|", tail)
+    runs = [run.strip(" .,+*/^") for run in _RUN.findall(tail)]
+    runs = [run for run in runs if any(c.isdigit() or c in "xX" for c in run)]
+    if not runs:
+        return None
+    if parse_value(runs[-1]) is not None:
+        return runs[-1]
+    numbers = _NUMBER.findall(runs[-1])
+    return numbers[-1] if numbers else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Exact values
+# ----------------------------------------------------------------------------------------------------------------------
+
+# An optional sign, coefficient and power of x. Quantified groups start with characters that cannot end what stands before
+# them, so matching is linear in the length.
+_TERM = re.compile(
+    r"(?P<sign>[+-]?)\$?(?P<number>[0-9]+(?:,[0-9]{3})*)?(?P<decimals>\.[0-9]+)?(?:/(?P<denominator>[0-9]+))?%?"
+    r"(?:\*?(?P<variable>x)(?:\^(?P<power>[0-9]+))?)?"
+)
+
+
+def parse_value(text):
+    """A number or an expanded polynomial in x as {power: coefficient}, exact and without zeros; None if it is neither.
+
+    Numbers are integers, decimals and fractions; thousands may be set off by commas. "$" and "%" are units and say
+    nothing: "$18" is 18 and "75%" is 75. A polynomial is a sum in which each power occurs once, as in "x^2-2x+1" or
+    "x**2 - 2*x + 1": "3+4" and "2x+x" are problems rather than answers, and None, as is anything with brackets.
+    """
+    text = text.strip().replace("−", "-").replace("**", "^").replace("X", "x")
+    if len(text) > MAX_ANSWER_CHARS or re.search(r"[0-9.x] +[0-9.x]", text):  # "1 2" is not 12
+        return None
+    text = "".join(text.split())
+    coefficients, position = {}, 0
+    while position < len(text) or not coefficients:
+        term = _TERM.match(text, position)
+        number, decimals, denominator, variable = term.group("number", "decimals", "denominator", "variable")
+        if position > 0 and not term["sign"] or not (number or decimals or variable):
+            return None
+        if number and "," in number and len(number.partition(",")[0]) > 3:
+            return None
+        power = int(term["power"] or 1) if variable else 0
+        if power in coefficients or power > MAX_POWER or denominator and int(denominator) == 0:
+            return None
+        has_coefficient = number or decimals
+        coefficient = Fraction((number or "0").replace(",", "") + (decimals or "")) if has_coefficient else Fraction(1)
+        if denominator:
+            if not has_coefficient:
+                return None
+            coefficient /= int(denominator)
+        coefficients[power] = -coefficient if term["sign"] == "-" else coefficient
+        position = term.end()
+    return {power: coefficient for power, coefficient in coefficients.items() if coefficient}
+
+
+def same_answer(answer, reference):
+    """True if both are the same exact value, or, for references that are no value (a word, say), the same text."""
+    if answer is None:
+        return False
+    value = parse_value(reference)
+    if value is None:
+        return answer.strip() == reference.strip()
+    return parse_value(answer) == value
+
+
+def strict_correct(text, reference):
+    return same_answer(strict_answer(text), reference)
+
+
+def lenient_correct(text, reference):
+    """True for what is strictly correct too: an answer in words is not among the numbers of the text."""
+    return strict_correct(text, reference) or same_answer(lenient_answer(text), reference)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reward functions
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def accuracy_reward(completions, answer, **columns):
+    """1.0 for each completion whose strict answer equals the reference, else 0.0."""
+    return [float(strict_correct(text, reference)) for text, reference in zip(completions, answer, strict=True)]
+
+
+def format_reward(completions, **columns):
+    """1.0 for each completion of the form "<think>…</think><answer>…</answer>", whatever the answer, else 0.0."""
+    return [float(strict_answer(text) is not None) for text in completions]
+
+
+REWARDS = {"accuracy": accuracy_reward, "format": format_reward}
+
+
+def find_reward(name):
+    """The function behind a name in REWARDS or behind "my_module:my_function"; ValueError if there is none."""
+    if name in REWARDS:
+        return REWARDS[name]
+    module_name, colon, function_name = name.partition(":")
+    if not colon:
+        known = ", ".join(REWARDS)
+        raise ValueError(f"rewards: {name!r} is unknown, expected one of {known}, or my_module:my_function")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except ModuleNotFoundError as error:
+        if error.name != module_name:  # the module was found and lacks something itself
+            raise
+        raise ValueError(f"rewards: {name!r}: there is no module {module_name}.py on the path") from None
+    except AttributeError:
+        raise ValueError(f"rewards: {name!r}: {module_name} has no {function_name}") from None
+    if not callable(function):
+        raise ValueError(f"rewards: {name!r} is no function")
+    return function
+
+
+def compute_rewards(weights, completions, columns):
+    """Score completions with each reward function.
+
+    weights: {name: weight} as in the config
+    completions: B texts
+    columns: {name: B values}, the dataset's columns; "answer" among them
+    Returns the B weighted sums, and {name: B unweighted rewards}. ValueError, naming the function, if one raises or
+    returns anything but B finite numbers.
+    """
+    components = {}
+    for name in weights:
+        try:
+            values = find_reward(name)(completions=completions, **columns)
+        except Exception as error:
+            raise ValueError(f"rewards: {name} raised {type(error).__name__}: {error}") from error
+        if not isinstance(values, (list, tuple)) or len(values) != len(completions):
+            got = f"{len(values)} items" if isinstance(values, (list, tuple)) else type(values).__name__
+            raise ValueError(f"rewards: {name} returned {got}, expected a list of {len(completions)} numbers")
+        for index, value in enumerate(values):
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                text = completions[index][:80]
+                raise ValueError(f"rewards: {name} returned {value!r} for completion {index} ({text!r})")
+        components[name] = [float(value) for value in values]
+    totals = [sum(weights[name] * components[name][i] for name in weights) for i in range(len(completions))]
+    return totals, components

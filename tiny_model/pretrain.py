@@ -1,0 +1,229 @@
+"""Make the embedded model: a Qwen2 of under a million parameters and its tokenizer, into the folder of this file.
+
+    python tiny_model/pretrain.py
+
+Reinforcement learning amplifies what a model already does now and then; it does not teach arithmetic. So the corpus
+holds every fact that the MathExpr problems need, in solutions that are often sloppy, and the wording of the problem
+decides how often: after "Compute" most are worked through in the tags, after "What is" most blurt out an answer.
+What the model can do and what it mostly shows are then far apart, as they are in a real base model.
+"""
+
+import math
+import random
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, get_scheduler
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent))
+
+from datasets import (  # noqa: E402
+    MathExprDataset,
+    apply_operator,  # noqa: E402
+    expression_steps,
+    monomial_text,
+    polynomial_text,
+)
+
+SYSTEM_PROMPT = "Think step by step in <think></think>, then answer in <answer></answer>."
+NUM_BATCHES = 3000
+BATCH_SIZE = 128
+LEARNING_RATE = 2e-3
+SEED = 0
+
+# How solutions are written, by wording (the columns of MathExprDataset.WORDINGS). A blurt skips the working, an
+# untagged solution the tags; a sloppy one has a slip in one step and goes on from there.
+STYLES = {
+    "worked": (0.60, 0.35, 0.30, 0.30),
+    "sloppy": (0.10, 0.05, 0.10, 0.10),
+    "untagged": (0.15, 0.45, 0.10, 0.10),
+    "blurt": (0.15, 0.15, 0.50, 0.50),
+}
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def build_tokenizer():
+    """Byte-level BPE as Qwen's: any text is representable, digits and symbols are single tokens, known words too."""
+    tokenizer = Tokenizer(models.BPE())
+    pieces = Regex(r" ?[A-Za-z]+|[0-9]| ?[^A-Za-z0-9\s]|\s")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(pieces, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    words = [SYSTEM_PROMPT, "Steps: Answer: Solve Calculate Find the value of"]
+    words += [wording for wordings in MathExprDataset.WORDINGS.values() for wording in wordings]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        special_tokens=["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(words, trainer)
+    # Ordinary tokens, not special ones: decoding must keep the tags for the reward to see them.
+    tags = [
+        AddedToken(tag, special=False, normalized=False) for tag in ("<think>", "</think>", "<answer>", "</answer>")
+    ]
+    tokenizer.add_tokens(tags)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+        padding_side="left",
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Corpus
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def join_terms(*terms):
+    return "+".join(terms).replace("+-", "-")
+
+
+class Slips:
+    """Computes step after step and gets the step number `slip_at` wrong."""
+
+    def __init__(self, rng, slip_at):
+        self.rng, self.slip_at, self.step = rng, slip_at, -1
+
+    def __call__(self, operator, left, right):
+        self.step += 1
+        result = apply_operator(operator, left, right)
+        return result + self.rng.choice([-10, -2, -1, 1, 2, 10]) if self.step == self.slip_at else result
+
+
+def work_through(kind, structure, compute):
+    """(answer, steps) as text, every number in them coming from `compute(operator, left, right)`."""
+    if kind == "evaluate":
+        value, steps = expression_steps(structure, compute)
+        return str(value), [f"{a}{op}({b})={c}" if b < 0 else f"{a}{op}{b}={c}" for op, a, b, c in steps]
+    left, right, tail = structure
+    steps, terms = [], {}  # terms: the coefficients found so far, by power
+    for i, a in reversed(list(enumerate(left))):
+        for j, b in reversed(list(enumerate(right))):
+            if a:
+                product = compute("*", a, b)
+                terms.setdefault(i + j, []).append(product)
+                b_text = f"({monomial_text(b, j)})" if b < 0 else monomial_text(b, j)
+                steps.append(f"{monomial_text(a, i)}*{b_text}={monomial_text(product, i + j)}")
+    for power, coefficient in enumerate(tail):
+        if coefficient:
+            terms.setdefault(power, []).append(coefficient)
+    coefficients = [0] * (max(terms) + 1)
+    for power, (total, *others) in sorted(terms.items(), reverse=True):
+        for other in others:
+            summed = compute("+", total, other)
+            result = monomial_text(summed, power) if summed else "0"
+            steps.append(f"{join_terms(monomial_text(total, power), monomial_text(other, power))}={result}")
+            total = summed
+        coefficients[power] = total
+    return polynomial_text(coefficients), steps
+
+
+def write_solution(rng, kind, structure, style):
+    answer, steps = work_through(kind, structure, apply_operator)
+    if style == "blurt":
+        return f"<answer>{answer}</answer>"
+    if style == "sloppy":
+        answer, steps = work_through(kind, structure, Slips(rng, rng.randrange(len(steps))))
+    if style == "untagged":
+        return f"Steps: {';'.join(steps)} Answer: {answer}"
+    return f"<think>{';'.join(steps)}</think><answer>{answer}</answer>"
+
+
+def corpus(rng, tokenizer):
+    """Endless (prompt ids, solution ids). Problems come from the train split alone: the test split stays held out."""
+    difficulty = MathExprDataset("train", size=1)
+    while True:
+        kind = rng.choice(list(MathExprDataset.WORDINGS))
+        text, _, structure = difficulty.draw(rng, kind)
+        if text is None:
+            continue
+        wording = rng.randrange(4)
+        style = rng.choices(list(STYLES), [shares[wording] for shares in STYLES.values()])[0]
+        messages = [{"role": "user", "content": MathExprDataset.WORDINGS[kind][wording].format(text)}]
+        if rng.random() < 0.5:
+            messages.insert(0, {"role": "system", "content": SYSTEM_PROMPT})
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        solution = write_solution(rng, kind, structure, style) + tokenizer.eos_token
+        yield tokenizer(prompt).input_ids, tokenizer(solution).input_ids
+
+
+def batches(rng, tokenizer, pool=16):
+    """Endless (B, T) ids and labels, right-padded; examples of like length share a batch. Prompts are not trained on."""
+    examples = corpus(rng, tokenizer)
+    while True:
+        drawn = sorted((next(examples) for _ in range(pool * BATCH_SIZE)), key=lambda pair: len(pair[0] + pair[1]))
+        starts = list(range(0, len(drawn), BATCH_SIZE))
+        rng.shuffle(starts)
+        for start in starts:
+            batch = drawn[start : start + BATCH_SIZE]
+            T = max(len(prompt) + len(solution) for prompt, solution in batch)
+            ids = torch.full((BATCH_SIZE, T), tokenizer.pad_token_id)
+            labels = torch.full((BATCH_SIZE, T), -100)
+            for row, (prompt, solution) in enumerate(batch):
+                ids[row, : len(prompt) + len(solution)] = torch.tensor(prompt + solution)
+                labels[row, len(prompt) : len(prompt) + len(solution)] = torch.tensor(solution)
+            yield ids, labels
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main():
+    torch.manual_seed(SEED)
+    tokenizer = build_tokenizer()
+    config = Qwen2Config(
+        vocab_size=math.ceil(len(tokenizer) / 16) * 16,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen2ForCausalLM(config)
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=100, num_training_steps=NUM_BATCHES)
+    progress = tqdm(zip(range(NUM_BATCHES), batches(random.Random(SEED), tokenizer), strict=False), total=NUM_BATCHES)
+    for step, (ids, labels) in progress:
+        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+    model.save_pretrained(FOLDER)
+    tokenizer.save_pretrained(FOLDER)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,628 @@
+"""What both training scripts call, in the order in which a run meets it.
+
+config, set-up (seeds, model, tokenizer), prompts, generation, log-probs, evaluation, logging, saving
+
+Letters in shapes: P prompts, G completions per prompt, B = P * G rows, T tokens, V vocabulary, D hidden size.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import html
+import json
+import math
+import os
+import sys
+import time
+import traceback
+import types
+import typing
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from peft import PeftConfig, PeftModel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.utils import is_flash_attn_2_available
+
+from reward import lenient_correct, strict_correct
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config: a dataclass is the list of keys, types and defaults; a YAML file sets every one of them
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose mappings may not repeat a key (plain YAML takes the last one and says nothing)."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"{key} is set twice")
+        return super().construct_mapping(node, deep)
+
+
+def load_config(config_class, path, overrides=()):
+    """The `config_class` that a YAML file describes, with "key=value" or "key.subkey=value" overrides on top.
+
+    ValueError, in one line with file, key, value and what was expected, if a key is unknown, missing or mistyped, or if
+    the dataclass's own `__post_init__` rejects a value.
+    """
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping of keys to values, not {type(values).__name__}")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"command line: {override!r}, expected key=value")
+        *parents, last = key.split(".")
+        target = values
+        for parent in parents:
+            target = target.get(parent)
+            if not isinstance(target, dict):
+                raise ValueError(f"command line: {override}: {parent} holds {target!r}, not a mapping")
+        try:
+            target[last] = yaml.load(text, _Loader)
+        except (yaml.YAMLError, ValueError) as error:
+            raise ValueError(f"command line: {override}: {' '.join(str(error).split())}") from None
+    try:
+        return _convert(values, config_class, "")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def check(condition, key, value, expected):
+    """What a config's `__post_init__` states its bounds with."""
+    if not condition:
+        raise ValueError(f"{key}: {value!r}, expected {expected}")
+
+
+def _convert(value, kind, key):
+    """The YAML value as the annotated type, or ValueError. 1e-5, text to YAML 1.1, is the number it looks like."""
+    if dataclasses.is_dataclass(kind):
+        check(isinstance(value, dict), key, value, "a mapping of keys to values")
+        fields = {field.name: field.type for field in dataclasses.fields(kind)}
+        prefix = f"{key}." if key else ""
+        for name in value:
+            if name not in fields:
+                near = difflib.get_close_matches(str(name), fields, n=1, cutoff=0.5)
+                hint = f"did you mean {prefix}{near[0]}?" if near else f"the keys are {', '.join(fields)}"
+                raise ValueError(f"{prefix}{name}: {value[name]!r}: unknown key, {hint}")
+        for name in fields:
+            if name not in value:
+                raise ValueError(f"{prefix}{name}: missing; every key is to be set")
+        try:
+            return kind(**{name: _convert(value[name], fields[name], prefix + name) for name in fields})
+        except ValueError as error:
+            message = str(error)
+            raise ValueError(message if message.startswith(prefix) else prefix + message) from None
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:  # X | None
+        return None if value is None else _convert(value, arguments[0], key)
+    if origin is typing.Literal:
+        check(value in arguments, key, value, f"one of {', '.join(map(str, arguments))}")
+        return value
+    if origin is list:
+        check(isinstance(value, list), key, value, "a list")
+        return [_convert(item, arguments[0], f"{key}[{i}]") for i, item in enumerate(value)]
+    if origin is dict:
+        check(isinstance(value, dict), key, value, "a mapping of keys to values")
+        return {name: _convert(item, arguments[1], f"{key}.{name}") for name, item in value.items()}
+    if kind in (int, float):
+        expected = "a whole number" if kind is int else "a number"
+        check(not isinstance(value, bool) and isinstance(value, (int, float, str)), key, value, expected)
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        check(math.isfinite(number) and kind(number) == number, key, value, expected)
+        return kind(number)
+    if kind in (str, bool):
+        check(isinstance(value, kind), key, value, "text" if kind is str else "true or false")
+    return value
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """End the program with one line where this project's own code raised ValueError or OSError for what a user gave.
+
+    An exception out of a library, or of another type, is a defect of ours and keeps its traceback. An error with a cause
+    in a user's code (a reward function) shows the cause's traceback above the line.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if Path(raised_in).resolve().parent != Path(__file__).resolve().parent:
+            raise
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        sys.exit(f"error: {error}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Set-up: seeds, model, tokenizer
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def seeded_generator(seed, stream, *indices):
+    """A CPU generator that follows from its arguments alone, so that a run's random numbers need no stored state.
+
+    stream: what the numbers are for, a word; indices: which of them, whole numbers such as the step
+    """
+    keys = [seed, zlib.crc32(stream.encode()), len(indices), *indices]  # the length, as trailing zeros add no entropy
+    state = np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))  # 63 bits: torch takes a signed number
+
+
+def load_model(name, dtype, device, cache_dir=None):
+    """A causal language model from a folder or the Hugging Face hub, in eval mode, on `device`.
+
+    name: a model, or a folder with a LoRA adapter, which is loaded onto the base model that it names
+    dtype: "float32" or "bfloat16"
+    Attention is flash-attention 2 where that is installed and applies, else SDPA. Dropout stays off for good: a policy
+    that is scored under dropout is not the policy that was sampled. ValueError, in one line, for a name that gives no
+    complete model.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    attention = "flash_attention_2" if on_gpu and dtype == "bfloat16" and is_flash_attn_2_available() else "sdpa"
+    try:
+        base_name = name
+        if (Path(name) / "adapter_config.json").is_file():
+            base_name = PeftConfig.from_pretrained(name).base_model_name_or_path
+        model, info = AutoModelForCausalLM.from_pretrained(
+            base_name,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            cache_dir=cache_dir,
+            output_loading_info=True,
+        )
+        if base_name != name:
+            model = PeftModel.from_pretrained(model, name, is_trainable=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: {name!r}: {_model_problem(name, error)}") from None
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"model: {name!r} lacks {len(missing)} of its weights, {missing[0]} for one")
+    model.to(device).eval()
+    _check_chunked_head(model)
+    return model
+
+
+def _model_problem(name, error):
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+            return "this folder holds no model: it has no config.json"
+        return f"this folder holds no complete model: {' '.join(str(error).split())}"
+    return (
+        "there is no such folder here, and the Hugging Face hub gave no such model "
+        f"({' '.join(str(error).split())[:300]})"
+    )
+
+
+def load_tokenizer(name, cache_dir=None):
+    """The model's tokenizer. A model without a chat template is prompted in plain text, which is said once."""
+    if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "tokenizer_config.json").is_file():
+        name = PeftConfig.from_pretrained(name).base_model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: {name!r} has no tokenizer: {_model_problem(name, error)}") from None
+    if tokenizer.pad_token_id is None:  # never looked for in ids: masks come from lengths
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        print(f"{name} has no chat template: prompts are plain text, system prompt first")
+    return tokenizer
+
+
+def inner_model(model):
+    """The transformers model itself, out of its PEFT wrapper. Adapters are modules inside it and stay in force."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def stop_ids(model, tokenizer):
+    """Every id that ends a completion: all that the model's generation config names, and the tokenizer's."""
+    ids = model.generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prompts
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def encode_prompts(tokenizer, prompts, system_prompt):
+    """Token ids of each prompt as the model is to see it: chat template, system prompt, start of the answer."""
+    if tokenizer.chat_template is None:
+        texts = ["\n\n".join(part for part in (system_prompt, prompt, "") if part) + "\n" for prompt in prompts]
+    else:
+        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        chats = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
+        texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    # The template writes the special tokens itself; in plain text the tokenizer adds its own.
+    return tokenizer(texts, add_special_tokens=tokenizer.chat_template is None).input_ids
+
+
+def draw_indices(size, start, count, seed):
+    """Items start..start+count of an endless shuffled pass over range(size), each epoch in an order of its own."""
+    indices = []
+    while len(indices) < count:
+        epoch, offset = divmod(start + len(indices), size)
+        order = torch.randperm(size, generator=seeded_generator(seed, "data", epoch)).tolist()
+        indices += order[offset : offset + count - len(indices)]
+    return indices
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Completions:
+    """Completions of B rows, prompt by prompt: rows p*G to p*G+G-1 belong to prompt p."""
+
+    tokens: torch.Tensor  # (B, max_new_tokens) ids as sampled, padded
+    mask: torch.Tensor  # (B, max_new_tokens) bool: the completion, its end token included, nothing after it
+    log_probs: torch.Tensor  # (B, max_new_tokens) fp32: the sampler's, 0 where the mask is False
+    truncated: torch.Tensor  # (B,) bool: cut at max_new_tokens, without an end token
+
+    def texts(self, tokenizer):
+        rows = [tokens[mask].tolist() for tokens, mask in zip(self.tokens, self.mask, strict=True)]
+        return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+class PreallocatedLayer(DynamicLayer):
+    """A cache layer that, once `batch_repeat_interleave` made its rows, writes into a buffer instead of concatenating."""
+
+    def __init__(self, max_new_tokens):
+        super().__init__()
+        self.max_new_tokens = max_new_tokens
+
+    def batch_repeat_interleave(self, repeats):
+        B, H, T, D = self.keys.shape
+        self.buffers = [x.new_empty(B * repeats, H, T + self.max_new_tokens, D) for x in (self.keys, self.values)]
+        for buffer, x in zip(self.buffers, (self.keys, self.values), strict=True):
+            buffer[:, :, :T].unflatten(0, (B, repeats)).copy_(x[:, None])
+        self.keys, self.values = (buffer[:, :, :T] for buffer in self.buffers)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not hasattr(self, "buffers"):
+            return super().update(key_states, value_states, *args, **kwargs)
+        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        for buffer, x in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = x
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        B, end = len(indices), self.keys.shape[2]
+        for buffer, x in zip(self.buffers, (self.keys, self.values), strict=True):
+            buffer[:B, :, :end] = x[indices]
+        self.buffers = [buffer[:B] for buffer in self.buffers]
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+
+
+def sample(logits, uniforms, temperature, top_p):
+    """One token a row by inverting the cumulative distribution at `uniforms`; with None, the likeliest token.
+
+    logits: (B, V), any float dtype; uniforms: (B,) in [0, 1)
+    Returns tokens (B,) and their fp32 log-probs (B,) under the temperature, before any top-p truncation.
+    """
+    log_probs = (logits.float() / temperature).log_softmax(-1)
+    if uniforms is None:
+        tokens = log_probs.argmax(-1, keepdim=True)
+    else:
+        probs = log_probs.exp()
+        if top_p < 1:  # keep the likeliest tokens up to and including the one that reaches top_p
+            sorted_probs, order = probs.sort(-1, descending=True)
+            dropped = sorted_probs.cumsum(-1) - sorted_probs >= top_p
+            probs = probs.masked_fill(dropped.gather(-1, order.argsort(-1)), 0)
+        cdf = probs.cumsum(-1)
+        # right=True: the first token whose cdf exceeds the draw, so never one of probability 0. Scaling by the last
+        # entry makes up for the sum's rounding.
+        draws = uniforms[:, None] * cdf[:, -1:]
+        tokens = torch.searchsorted(cdf, draws, right=True).clamp(max=logits.shape[1] - 1)
+    return tokens[:, 0], log_probs.gather(-1, tokens)[:, 0]
+
+
+@torch.no_grad()
+def generate(
+    model,
+    prompts,
+    max_new_tokens,
+    stop_ids,
+    pad_id,
+    num_samples=1,
+    uniforms=None,
+    temperature=1.0,
+    top_p=1.0,
+    batch_size=256,
+    drop_share=0.25,
+):
+    """Complete prompts: `num_samples` completions each, sampled with `uniforms`, or greedily without.
+
+    prompts: P lists of token ids
+    uniforms: (P * num_samples, max_new_tokens) in [0, 1), one number a token; a row's tokens follow from its prompt and
+        its numbers, whichever rows it shares a batch with
+    batch_size: completions decoded at once (at least one prompt's)
+    drop_share: finished rows leave the batch once they are this share of it
+    The distribution sampled is softmax(logits / temperature), nothing else: the model's generation_config is not
+    consulted but for its end tokens, which the caller passes as `stop_ids`. Returns Completions, on the model's device.
+    """
+    if num_samples > 1 and uniforms is None:
+        raise ValueError("num_samples: greedy completions of a prompt are all the same; pass uniforms to sample")
+    device = model.device
+    chunk = max(1, batch_size // num_samples)
+    parts = []
+    for first in range(0, len(prompts), chunk):
+        ids = prompts[first : first + chunk]
+        rows = slice(first * num_samples, (first + len(ids)) * num_samples)
+        noise = None if uniforms is None else uniforms[rows].to(device)
+        parts.append(
+            _decode(model, ids, max_new_tokens, stop_ids, pad_id, num_samples, noise, temperature, top_p, drop_share)
+        )
+    return Completions(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _decode(model, prompts, max_new_tokens, stop_ids, pad_id, num_samples, uniforms, temperature, top_p, drop_share):
+    """The decode loop behind `generate`, for one batch. Returns the fields of Completions."""
+    device = model.device
+    config = inner_model(model).config
+    P, B, longest = len(prompts), len(prompts) * num_samples, max(map(len, prompts))
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and longest + max_new_tokens > limit:
+        raise ValueError(
+            f"max_new_tokens: {max_new_tokens} after a prompt of {longest} tokens exceeds the model's {limit} positions"
+        )
+    ids = torch.full((P, longest), pad_id)
+    attention_mask = torch.ones(P, longest + max_new_tokens, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[row, : longest - len(prompt)] = 0
+    ids, attention_mask = ids.to(device), attention_mask.to(device)
+    stop = torch.tensor(stop_ids, device=device)
+
+    # Prefill every prompt once, then repeat its cache for its completions. Layers that keep all positions get a buffer.
+    cache = DynamicCache(config=config)
+    cache.layers = [PreallocatedLayer(max_new_tokens) if type(x) is DynamicLayer else x for x in cache.layers]
+    positions = (attention_mask[:, :longest].cumsum(-1) - 1).clamp(min=0)
+    logits = model(
+        input_ids=ids,
+        attention_mask=attention_mask[:, :longest],
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        # As a tensor, not as 1: a slice is not contiguous and turns lm_head into a batched product, far slower on CPU.
+        logits_to_keep=torch.tensor([-1], device=device),
+    ).logits[:, -1]
+    cache.batch_repeat_interleave(num_samples)
+    logits, position, attention_mask = (
+        x.repeat_interleave(num_samples, 0) for x in (logits, positions[:, -1:], attention_mask)
+    )
+
+    tokens = torch.full((B, max_new_tokens), pad_id, device=device)
+    mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
+    log_probs = torch.zeros(B, max_new_tokens, device=device)
+    finished = torch.zeros(
+        B, dtype=torch.bool, device=device
+    )  # (B,) over all rows; the rest over the rows in the batch
+    rows = torch.arange(B, device=device)
+    for t in range(max_new_tokens):
+        token, log_prob = sample(logits, None if uniforms is None else uniforms[rows, t], temperature, top_p)
+        running = ~finished[rows]
+        tokens[rows, t] = torch.where(running, token, pad_id)
+        log_probs[rows, t] = torch.where(running, log_prob, 0.0)
+        mask[rows, t] = running
+        finished[rows] |= torch.isin(token, stop)
+        num_finished = int(finished[rows].sum())  # the one host sync of the step
+        if num_finished == len(rows) or t == max_new_tokens - 1:
+            break
+        if num_finished >= drop_share * len(rows):
+            keep = (~finished[rows]).nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            rows, token, position, attention_mask = (x[keep] for x in (rows, token, position, attention_mask))
+        position = position + 1
+        logits = model(
+            input_ids=token[:, None],
+            attention_mask=attention_mask[:, : longest + t + 1],
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+    return tokens, mask, log_probs, ~finished
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Log-probs of completions
+# ----------------------------------------------------------------------------------------------------------------------
+
+MAX_LOGITS = 2**25  # logits alive at once in the scoring pass: 128 MiB in fp32, 220 tokens at a vocabulary of 152k
+
+
+def completion_log_probs(model, ids, completion_mask, temperature):
+    """Log-probs of completion tokens under softmax(logits / temperature), and that distribution's entropy, in nats.
+
+    ids: (B, T) prompt and completion side by side, padded on the right, so that causal attention sees no padding and
+        needs neither mask nor position ids
+    completion_mask: (B, T) bool, True at completion tokens; column t is the token at t, predicted from those before it
+    Returns two fp32 tensors (B, T), 0 outside the mask; the entropy carries no gradient. Only completion tokens pass
+    through lm_head, in chunks that the backward pass computes again: no (B, T, V) tensor exists at any time.
+    """
+    network = inner_model(model)
+    hidden = network.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
+    hidden, targets = hidden[:, :-1][completion_mask[:, 1:]], ids[:, 1:][completion_mask[:, 1:]]  # (N, D), (N,)
+    head = network.get_output_embeddings()
+
+    def score(hidden, targets):
+        logits = head(hidden).float() / temperature  # (n, V)
+        log_normalizer = logits.logsumexp(-1)
+        log_probs = logits.gather(-1, targets[:, None])[:, 0] - log_normalizer
+        with torch.no_grad():
+            entropy = log_normalizer - (logits.softmax(-1) * logits).sum(-1)
+        return log_probs, entropy
+
+    chunk = max(1, MAX_LOGITS // head.weight.shape[0])
+    scored = [
+        checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False)
+        for part in zip(hidden.split(chunk), targets.split(chunk))
+    ]
+    log_probs, entropy = (torch.cat(parts) for parts in zip(*scored, strict=True))
+    empty = torch.zeros(ids.shape, device=ids.device)
+    return empty.masked_scatter(completion_mask, log_probs), empty.masked_scatter(completion_mask, entropy)
+
+
+@torch.no_grad()
+def _check_chunked_head(model):
+    """ValueError if lm_head over the last hidden state is not the model's logits (a scaled or capped head, say)."""
+    ids = torch.arange(8, device=model.device)[None] % inner_model(model).config.get_text_config().vocab_size
+    logits = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, 0] = False
+    expected = logits[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    if not torch.allclose(completion_log_probs(model, ids, mask, 1.0)[0][:, 1:], expected, atol=1e-2):
+        name = type(inner_model(model)).__name__
+        raise ValueError(
+            f"model: {name} does more to its logits than lm_head; its log-probs cannot be computed in chunks"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def wilson_interval(successes, trials):
+    """The 95% interval of a proportion (Wilson 1927), which stays within [0, 1] for small counts too."""
+    z, share = 1.96, successes / trials
+    centre = share + z * z / (2 * trials)
+    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    return (centre - spread) / (1 + z * z / trials), (centre + spread) / (1 + z * z / trials)
+
+
+def evaluate(model, tokenizer, items, system_prompt, max_new_tokens, batch_size, accelerator):
+    """Greedy accuracy over all items, shared among the processes.
+
+    items: dataset items with "prompt" and "answer"
+    Returns strict and lenient accuracy in [0, 1], the mean length in tokens, the truncated share, and the completions of
+    this process's items (on the first process: item 0 and every num_processes-th after it).
+    """
+    mine = items[accelerator.process_index :: accelerator.num_processes]
+    prompts = encode_prompts(tokenizer, [item["prompt"] for item in mine], system_prompt)
+    with accelerator.autocast():
+        completions = generate(
+            model, prompts, max_new_tokens, stop_ids(model, tokenizer), tokenizer.pad_token_id, batch_size=batch_size
+        )
+    texts = completions.texts(tokenizer)
+    answers = [item["answer"] for item in mine]
+    sums = torch.tensor(
+        [
+            sum(map(strict_correct, texts, answers)),
+            sum(map(lenient_correct, texts, answers)),
+            int(completions.mask.sum()),
+            int(completions.truncated.sum()),
+        ],
+        dtype=torch.float64 if model.device.type != "mps" else torch.float32,
+        device=model.device,
+    )
+    strict, lenient, length, truncated = (accelerator.reduce(sums) / len(items)).tolist()
+    return {"strict": strict, "lenient": lenient, "length": length, "truncated": truncated, "texts": texts}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Logging
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Logger:
+    """TensorBoard scalars, texts and hyperparameters of one run, in one folder. Writes on the main process alone."""
+
+    def __init__(self, folder, config, enabled):
+        self.writer = None
+        if enabled:
+            self.writer = SummaryWriter(str(folder))
+            text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+            (Path(folder) / "config.yml").write_text(text, encoding="utf-8")
+            self.text("config", f"<pre>{html.escape(text)}</pre>", 0)
+            self.config = config
+
+    def scalars(self, values, step):
+        for tag, value in values.items():
+            if self.writer:
+                self.writer.add_scalar(tag, value, step)
+
+    def text(self, tag, markdown, step):
+        if self.writer:
+            self.writer.add_text(tag, markdown, step)
+
+    def completions(self, tag, items, texts, step):
+        """A table of prompts, answers and completions. Model output is text, never markup."""
+        rows = ["| | prompt | answer | completion |", "|---|---|---|---|"]
+        for item, text in zip(items, texts, strict=False):
+            verdict = "✓" if strict_correct(text, item["answer"]) else "✗"
+            cells = [item["prompt"], item["answer"], text]
+            cells = [html.escape(cell).replace("|", "&#124;").replace("\n", "<br>") for cell in cells]
+            rows.append(f"| {verdict} | {' | '.join(cells)} |")
+        self.text(tag, "\n".join(rows), step)
+
+    def hparams(self, metrics):
+        """The config as a row of TensorBoard's HPARAMS page, with the run's final metrics."""
+        if self.writer:
+            flat = {key: value for key, value in dataclasses.asdict(self.config).items()}
+            flat = {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in flat.items()}
+            for summary in hparams(flat, metrics):
+                self.writer.file_writer.add_summary(summary)
+
+    def close(self):
+        if self.writer:
+            self.writer.close()
+
+
+class PhaseTimer:
+    """Seconds by phase of a step, shown on the progress bar while they pass."""
+
+    def __init__(self, progress):
+        self.progress, self.seconds = progress, {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase):
+        self.progress.set_description(phase)
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def new_run_folder(log_dir, run_name):
+    """`log_dir/run_name`, made now; the name is the time if there is none. ValueError if it exists already."""
+    folder = Path(log_dir) / (run_name or time.strftime("%Y-%m-%d_%H-%M-%S"))
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise ValueError(f"run_name: {folder} exists already; choose another name or delete it") from None
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def save_model(model, tokenizer, folder):
+    """Model or adapter, and tokenizer, as an ordinary Hugging Face folder, complete or not there at all."""
+    partial = Path(f"{folder}.partial")
+    # Of a PEFT model, only the adapter that was trained: a second one may serve as reference.
+    model.save_pretrained(partial, **({"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}))
+    tokenizer.save_pretrained(partial)
+    os.replace(partial, folder)
