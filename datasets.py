@@ -105,13 +105,16 @@ def polynomial_text(coefficients):
 
 
 def random_product(rng, max_coefficient):
-    """(left, right, tail): left * right + tail, where right is linear, left constant or linear, and the tail may be []."""
+    """(left, right, tail), read left * right + tail: a number or x times a linear polynomial, plus a monomial or
+    nothing ([]), or the product of two linear polynomials."""
     signed = [c for c in range(-max_coefficient, max_coefficient + 1) if c]
 
     def linear():
         return [rng.choice(signed), rng.randint(1, max_coefficient)]
 
-    left = [rng.randint(2, max_coefficient)] if rng.random() < 0.5 else rng.choice([linear(), [0, 1]])
+    if rng.random() < 0.4:
+        return linear(), linear(), []
+    left = rng.choice([[rng.randint(2, max_coefficient)], [0, 1]])
     tail = rng.choice([[], [rng.choice(signed)], [0, rng.choice(signed)]])
     return left, linear(), tail
 
@@ -136,7 +139,7 @@ class MathExprDataset(Dataset):
     of its text, never by the seed, so that train and test are disjoint whatever seeds and sizes they were made with.
 
     split: "train" (nine expressions in ten) or "test"
-    size: number of items
+    size: number of items; by default 4096 to train on and 1024 to test with
     seed: another seed is another sample of the same split
     kinds: which of "evaluate" and "expand" to draw from, in equal shares
     max_operators: evaluate: 1 to this many of + - *
@@ -153,15 +156,16 @@ class MathExprDataset(Dataset):
     def __init__(
         self,
         split,
-        size=4096,
+        size=None,
         seed=0,
         kinds=("evaluate", "expand"),
         max_operators=3,
-        max_integer=12,
-        max_value=99,
+        max_integer=10,
+        max_value=50,
         max_coefficient=5,
     ):
         _check_split(split)
+        size = {"train": 4096, "test": 1024}[split] if size is None else size
         for name, value, low in [
             ("size", size, 1),
             ("max_operators", max_operators, 1),
@@ -237,9 +241,8 @@ class GSM8KDataset(Dataset):
         for number, row in read_jsonl(file):
             question, _, answer = row.get("question"), *str(row.get("answer")).rpartition("####")[1:]
             if not question or not answer.strip():
-                raise ValueError(
-                    f'{file}, line {number}: expected a "question" and an "answer" that ends in "#### number"'
-                )
+                expected = 'expected "question" and an "answer" that ends in "#### number"'
+                raise ValueError(f"{file}, line {number}: {expected}")
             self.items.append({"prompt": question, "answer": answer.strip()})
 
     @classmethod
@@ -319,7 +322,7 @@ DATASETS = {"math_expr": MathExprDataset, "gsm8k": GSM8KDataset}
 
 
 def load_dataset(name, split, arguments):
-    """The dataset called `name` in DATASETS, or of a path that ends in .jsonl, made with `arguments` from the config."""
+    """The dataset called `name` in DATASETS, or behind a path to .jsonl, made with `arguments` from the config."""
     if name in DATASETS:
         make = functools.partial(DATASETS[name], split=split)
     elif name.endswith(".jsonl"):

@@ -1,7 +1,7 @@
 """GRPO: group relative policy optimization of a language model, with verifiable rewards.
 
-Shao et al. 2024, "DeepSeekMath", arXiv:2402.03300, section 4. For each prompt q, draw G completions o_i from the policy,
-score them, and take as advantage how much better than its group each one is:
+Shao et al. 2024, "DeepSeekMath", arXiv:2402.03300, section 4. For each prompt q, draw G completions o_i from the
+policy, score them, and take as advantage how much better than its group each one is:
 
     A_i = (r_i - mean(r)) / std(r)                                                   r: the group's G rewards
 
@@ -31,11 +31,11 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import math
 import time
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm import tqdm
@@ -43,12 +43,13 @@ from transformers import get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from datasets import load_dataset
-from reward import compute_rewards, find_reward, lenient_correct, strict_correct
+from reward import find_reward, score
 from utils import (
     Logger,
     PhaseTimer,
     check,
     completion_log_probs,
+    completion_metrics,
     draw_indices,
     encode_prompts,
     evaluate,
@@ -57,12 +58,13 @@ from utils import (
     load_config,
     load_model,
     load_tokenizer,
+    make_accelerator,
     new_run_folder,
     one_line_errors,
+    print_summary,
     save_model,
     seeded_generator,
     stop_ids,
-    wilson_interval,
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -208,7 +210,7 @@ def policy_loss(log_probs, old_log_probs, advantages, clip_low, clip_high):
 
 
 def kl_estimate(log_probs, ref_log_probs):
-    """KL(pi || pi_ref) per token, (b, T), unbiased and never negative: exp(d) - d - 1 for d = log(pi_ref / pi) (eq. 4)."""
+    """KL(pi || pi_ref) per token, (b, T), unbiased and never negative: exp(d) - d - 1, d = log(pi_ref / pi) (eq. 4)."""
     d = (ref_log_probs - log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return d.exp() - d - 1
 
@@ -329,6 +331,48 @@ def sum_gradients(parameters, accelerator):
 TOKEN_METRICS = ("ratio", "ratio_error", "kl_old", "kl_k1", "kl_k3", "clip_low", "clip_high", "entropy", "sampler_gap")
 
 
+def micro_batch_loss(model, batch, config, frozen_copy, autocast):
+    """One micro-batch's part of the step's loss.
+
+    Finds the batch's old and reference log-probs on the first call, which is that of the first update. Returns the
+    loss, its KL part without gradient, and values for the log, one a completion token, under names of TOKEN_METRICS.
+    """
+    with checkpointed_layers(model), autocast():
+        log_probs, entropy = completion_log_probs(model, batch.ids, batch.mask, config.temperature)
+    is_first = batch.old_log_probs is None
+    if is_first:
+        batch.old_log_probs = log_probs.detach()
+        if config.kl_weight > 0:
+            with torch.no_grad(), reference_policy(model, frozen_copy) as reference, autocast():
+                batch.ref_log_probs, _ = completion_log_probs(reference, batch.ids, batch.mask, config.temperature)
+
+    token_loss, ratio = policy_loss(log_probs, batch.old_log_probs, batch.advantages, config.clip_low, config.clip_high)
+    token_weights = batch.weights * batch.mask  # (b, T)
+    loss, kl_term = (token_loss * token_weights).sum(), torch.zeros((), device=log_probs.device)
+    if config.kl_weight > 0:
+        kl = kl_estimate(log_probs, batch.ref_log_probs)
+        kl_term = (config.kl_weight * kl * token_weights).sum()
+        loss = loss + kl_term
+
+    with torch.no_grad():
+        advantages = batch.advantages.expand_as(ratio)
+        values = {
+            "ratio": ratio,
+            "kl_old": ratio - 1 - ratio.log(),
+            "clip_low": (ratio < 1 - config.clip_low) & (advantages < 0),
+            "clip_high": (ratio > 1 + config.clip_high) & (advantages > 0),
+            "entropy": entropy,
+        }
+        if is_first:
+            values["ratio_error"] = (ratio - 1).abs()
+            values["sampler_gap"] = (log_probs - batch.sampler_log_probs).abs()
+        if config.kl_weight > 0:
+            values["kl_k1"] = log_probs - batch.ref_log_probs
+            values["kl_k3"] = kl
+        values = {name: value[batch.mask].float() for name, value in values.items()}
+    return loss, kl_term.detach(), values
+
+
 def summarize_tokens(values, accelerator):
     """{name: (mean, min, max)} of per-token values {name: 1-D tensors}, over all micro-batches and processes.
 
@@ -351,21 +395,14 @@ def summarize_tokens(values, accelerator):
 
 
 def main(config):
+    start = time.perf_counter()
     # Set-up: everything that can be wrong with the input is found before the model is loaded.
     for name in config.rewards:
         find_reward(name)
     train_set = load_dataset(config.dataset, "train", config.dataset_args)
     test_set = load_dataset(config.dataset, "test", config.dataset_args)
     test_items = [test_set[i] for i in range(min(config.eval_size, len(test_set)))]
-    check(
-        config.device != "cuda" or torch.cuda.is_available(),
-        "device",
-        config.device,
-        "cpu or auto: there is no GPU here",
-    )
-    accelerator = Accelerator(
-        cpu=config.device == "cpu", mixed_precision="bf16" if config.dtype == "bfloat16" else "no"
-    )
+    accelerator = make_accelerator(config.device, config.dtype)
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     P, G = config.prompts_per_step, config.group_size
     check(P >= world, "prompts_per_step", P, f"at least {world}, one for each process")
@@ -395,14 +432,12 @@ def main(config):
         f"{config.num_steps} steps of {P} prompts x {G} completions of up to {config.max_new_tokens} tokens -> {folder}"
     )
     if config.top_p < 1:
-        accelerator.print(
-            f"top_p: {config.top_p} truncates what is sampled but not what is trained on: ratios are biased"
-        )
+        accelerator.print(f"top_p: {config.top_p} truncates what is sampled, not what is scored: ratios are biased")
 
     progress = tqdm(total=config.num_steps, disable=None if is_main else True, dynamic_ncols=True)
     history, num_skipped, training_seconds, num_tokens = [], 0, 0.0, 0
 
-    def run_evaluation(step):
+    def evaluate_policy(step):
         with PhaseTimer(progress)("evaluate"):
             result = evaluate(
                 model,
@@ -413,25 +448,14 @@ def main(config):
                 config.generation_batch_size,
                 accelerator,
             )
-        history.append(result)
-        logger.scalars(
-            {
-                "eval/strict_accuracy": result["strict"],
-                "eval/lenient_accuracy": result["lenient"],
-                "eval/length": result["length"],
-                "eval/truncated": result["truncated"],
-            },
-            step,
-        )
-        logger.completions("eval/completions", test_items[::world][:8], result["texts"], step)
+        logger.evaluation(result, step)
         if is_main:
-            progress.write(
-                f"step {step:4d}  held-out accuracy: strict {result['strict']:.1%}, lenient {result['lenient']:.1%}"
-            )
+            progress.write(f"step {step:4d}  held-out: strict {result['strict']:.1%}, lenient {result['lenient']:.1%}")
+        history.append(result)
 
     for step in range(config.num_steps):
         if step % config.eval_every == 0:
-            run_evaluation(step)
+            evaluate_policy(step)
         phase = PhaseTimer(progress)
         step_start = time.perf_counter()
 
@@ -459,25 +483,13 @@ def main(config):
 
         # 2. Score them. From here on every process knows the scores of all B = P * G rows.
         with phase("reward"):
-            texts = completions.texts(tokenizer)
             row_items = [item for item in items[share] for _ in range(G)]
-            columns = {key: [item[key] for item in row_items] for key in row_items[0]}
-            totals, components = compute_rewards(config.rewards, texts, columns)
+            scores = score(config.rewards, completions.texts(tokenizer), row_items)
             lengths, truncated = completions.mask.sum(1).tolist(), completions.truncated.tolist()
-            scores = gather_object(
-                [
-                    {
-                        "reward": totals[i],
-                        **{f"reward/{name}": values[i] for name, values in components.items()},
-                        "strict": strict_correct(texts[i], row_items[i]["answer"]),
-                        "lenient": lenient_correct(texts[i], row_items[i]["answer"]),
-                        "length": lengths[i],
-                        "truncated": truncated[i],
-                    }
-                    for i in range(len(texts))
-                ]
-            )
-            scores = {name: torch.tensor([float(row[name]) for row in scores], device=device) for name in scores[0]}
+            for row, row_length, row_truncated in zip(scores, lengths, truncated, strict=True):
+                row["length"], row["truncated"] = float(row_length), float(row_truncated)
+            scores = gather_object(scores)
+            scores = {name: torch.tensor([row[name] for row in scores], device=device) for name in scores[0]}
 
         # 3. Advantages within each group, and what every row weighs in the loss.
         rewards = scores["reward"].view(P, G)
@@ -488,7 +500,7 @@ def main(config):
             weights = torch.where(advantages == 0, 0.0, weights)
 
         # 4. K updates on these completions.
-        total_loss, kl_loss, grad_norm = 0.0, 0.0, 0.0
+        losses, grad_norm = torch.zeros(2), 0.0
         token_values = {name: [] for name in TOKEN_METRICS}
         with phase("update"):
             rows = slice(share.start * G, share.stop * G)
@@ -500,49 +512,22 @@ def main(config):
                 config.micro_batch_tokens,
                 tokenizer.pad_token_id,
             )
-            for update in range(config.updates_per_step if (weights > 0).any() else 0):
-                loss_sums = torch.zeros(2, device=device)
+            for _ in range(config.updates_per_step if (weights > 0).any() else 0):
+                losses = torch.zeros(2, device=device)
                 for batch in micro_batches:
-                    with checkpointed_layers(model), accelerator.autocast():
-                        log_probs, entropy = completion_log_probs(model, batch.ids, batch.mask, config.temperature)
-                    if update == 0:
-                        batch.old_log_probs = log_probs.detach()
-                    loss, ratio = policy_loss(
-                        log_probs, batch.old_log_probs, batch.advantages, config.clip_low, config.clip_high
-                    )
-                    if config.kl_weight > 0:
-                        if update == 0:
-                            with torch.no_grad(), reference_policy(model, frozen_copy) as ref, accelerator.autocast():
-                                batch.ref_log_probs, _ = completion_log_probs(
-                                    ref, batch.ids, batch.mask, config.temperature
-                                )
-                        kl = kl_estimate(log_probs, batch.ref_log_probs)
-                        loss = loss + config.kl_weight * kl
-                        loss_sums[1] += (config.kl_weight * kl * batch.mask * batch.weights).sum().detach()
-                        token_values["kl_k1"].append((log_probs - batch.ref_log_probs)[batch.mask].detach())
-                        token_values["kl_k3"].append(kl[batch.mask].detach())
-                    loss = (loss * batch.mask * batch.weights).sum()
+                    loss, kl_term, values = micro_batch_loss(model, batch, config, frozen_copy, accelerator.autocast)
                     loss.backward()
-
-                    loss_sums[0] += loss.detach()
-                    ratio, log_probs = ratio.detach()[batch.mask], log_probs.detach()[batch.mask]
-                    sign = batch.advantages.expand_as(batch.mask)[batch.mask].sign()
-                    token_values["ratio"].append(ratio)
-                    token_values["clip_low"].append((ratio < 1 - config.clip_low) & (sign < 0))
-                    token_values["clip_high"].append((ratio > 1 + config.clip_high) & (sign > 0))
-                    token_values["kl_old"].append(ratio - 1 - ratio.log())
-                    token_values["entropy"].append(entropy[batch.mask])
-                    if update == 0:
-                        token_values["ratio_error"].append((ratio - 1).abs())
-                        token_values["sampler_gap"].append((log_probs - batch.sampler_log_probs[batch.mask]).abs())
+                    losses += torch.stack([loss.detach(), kl_term])
+                    for name, value in values.items():
+                        token_values[name].append(value)
                 sum_gradients(parameters, accelerator)
                 grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
-                if torch.isfinite(torch.tensor(grad_norm)):
+                if math.isfinite(grad_norm):
                     optimizer.step()
                 else:
                     num_skipped += 1
                 optimizer.zero_grad()
-                total_loss, kl_loss = accelerator.reduce(loss_sums).tolist()
+                losses = accelerator.reduce(losses)
             learning_rate = schedule.get_last_lr()[0]
             schedule.step()
 
@@ -552,26 +537,18 @@ def main(config):
         num_tokens += int(scores["length"].sum())
         tokens = summarize_tokens(token_values, accelerator)
         metrics = {
-            "reward/mean": rewards.mean(),
-            "reward/std": rewards.std(),
+            **completion_metrics(scores),
             "reward/group_std": rewards.std(dim=1).mean(),
             "reward/equal_groups": (rewards.amax(1) == rewards.amin(1)).float().mean(),
-            **{tag: values.mean() for tag, values in scores.items() if tag.startswith("reward/")},
-            "accuracy/strict": scores["strict"].mean(),
-            "accuracy/lenient": scores["lenient"].mean(),
-            "completion/length_mean": scores["length"].mean(),
-            "completion/length_min": scores["length"].min(),
-            "completion/length_max": scores["length"].max(),
-            "completion/truncated": scores["truncated"].mean(),
             **{f"policy/{name}": tokens[name][0] for name in TOKEN_METRICS if name in tokens},
+            **{f"policy/{name}_min": tokens[name][1] for name in tokens if name == "ratio"},
             **{
                 f"policy/{name}_max": tokens[name][2]
-                for name in ("ratio", "ratio_error", "sampler_gap")
-                if name in tokens
+                for name in tokens
+                if name in ("ratio", "ratio_error", "sampler_gap")
             },
-            **({"policy/ratio_min": tokens["ratio"][1]} if "ratio" in tokens else {}),
-            "optim/loss": total_loss,
-            "optim/kl_term": kl_loss,
+            "optim/loss": losses[0],
+            "optim/kl_term": losses[1],
             "optim/grad_norm": grad_norm,
             "optim/learning_rate": learning_rate,
             "optim/skipped_steps": num_skipped,
@@ -593,33 +570,21 @@ def main(config):
         )
         progress.update()
 
-    run_evaluation(config.num_steps)
+    evaluate_policy(config.num_steps)
     progress.close()
     if is_main:
         save_model(model, tokenizer, folder / "model")
-        print_summary(config, folder, history, len(test_items), training_seconds)
         logger.hparams({"eval/strict_accuracy": history[-1]["strict"], "eval/lenient_accuracy": history[-1]["lenient"]})
+        print_summary(history[0], history[-1], len(test_items), training_seconds, time.perf_counter() - start)
+        print(f"TensorBoard: tensorboard --logdir={config.log_dir}\nThe result is {folder / 'model'}; to load it:")
+        if config.lora is None:
+            print(f'    AutoModelForCausalLM.from_pretrained("{folder / "model"}")')
+        else:
+            base_name = model.peft_config["default"].base_model_name_or_path
+            print(f'    base = AutoModelForCausalLM.from_pretrained("{base_name}")')
+            print(f'    PeftModel.from_pretrained(base, "{folder / "model"}")')
     logger.close()
     accelerator.end_training()
-
-
-def print_summary(config, folder, history, num_items, seconds):
-    """Accuracy before and after, time, and where the result is."""
-    print(f"\nheld-out accuracy (greedy, {num_items} problems, 95% interval)")
-    for name in ("strict", "lenient"):
-        cells = []
-        for result in (history[0], history[-1]):
-            low, high = wilson_interval(round(result[name] * num_items), num_items)
-            cells.append(f"{result[name]:6.1%} ({low:.1%} to {high:.1%})")
-        print(f"  {name:8}{cells[0]}  ->  {cells[1]}")
-    print(f"training took {seconds:.0f} s; TensorBoard: tensorboard --logdir={config.log_dir}")
-    print(f"{'model' if config.lora is None else 'adapter'}: {folder / 'model'}; to load it:")
-    if config.lora is None:
-        print(f'  AutoModelForCausalLM.from_pretrained("{folder / "model"}")')
-    else:
-        print(
-            f'  PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{config.model}"), "{folder / "model"}")'
-        )
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 Completions are hostile input. Nothing in them is executed, sizes are bounded before any arithmetic, and what cannot be
 read as an answer is simply wrong. A bug in a reward function, on the other hand, stops the run.
 
-A reward function has the signature that TRL's GRPOTrainer uses, `f(completions, answer, **columns) -> list[float]`: it
-gets every column of the dataset as a list with one entry a completion. Add yours to REWARDS, or name it in the config as
-`my_module:my_function`.
+A reward function has the signature that TRL's GRPOTrainer uses, `f(completions, answer, **columns) -> list[float]`:
+it gets every column of the dataset as a list with one entry a completion. Add yours to REWARDS, or name it in the
+config as `my_module:my_function`.
 """
 
 import importlib
@@ -68,8 +68,8 @@ def lenient_answer(text):
 # Exact values
 # ----------------------------------------------------------------------------------------------------------------------
 
-# An optional sign, coefficient and power of x. Quantified groups start with characters that cannot end what stands before
-# them, so matching is linear in the length.
+# An optional sign, coefficient and power of x. Quantified groups start with characters that cannot end what stands
+# before them, so matching is linear in the length.
 _TERM = re.compile(
     r"(?P<sign>[+-]?)\$?(?P<number>[0-9]+(?:,[0-9]{3})*)?(?P<decimals>\.[0-9]+)?(?:/(?P<denominator>[0-9]+))?%?"
     r"(?:\*?(?P<variable>x)(?:\^(?P<power>[0-9]+))?)?"
@@ -167,17 +167,24 @@ def find_reward(name):
     return function
 
 
-def compute_rewards(weights, completions, columns):
-    """Score completions with each reward function.
+def score(weights, completions, items):
+    """Score completions with each reward function of the config.
 
-    weights: {name: weight} as in the config
-    completions: B texts
-    columns: {name: B values}, the dataset's columns; "answer" among them
-    Returns the B weighted sums, and {name: B unweighted rewards}. ValueError, naming the function, if one raises or
-    returns anything but B finite numbers.
+    weights: {name: weight}; completions: B texts; items: B dataset items, the one that each completion answers
+    Returns B dicts: "reward" is the weighted sum, "reward/<name>" each function's own, unweighted; "accuracy/strict"
+    and "accuracy/lenient" are there whatever is rewarded. ValueError, naming the function, if one raises or returns
+    anything but B finite numbers.
     """
-    components = {}
-    for name in weights:
+    columns = {key: [item[key] for item in items] for key in items[0]}
+    scores = [
+        {
+            "reward": 0.0,
+            "accuracy/strict": float(strict_correct(text, item["answer"])),
+            "accuracy/lenient": float(lenient_correct(text, item["answer"])),
+        }
+        for text, item in zip(completions, items, strict=True)
+    ]
+    for name, weight in weights.items():
         try:
             values = find_reward(name)(completions=completions, **columns)
         except Exception as error:
@@ -185,10 +192,9 @@ def compute_rewards(weights, completions, columns):
         if not isinstance(values, (list, tuple)) or len(values) != len(completions):
             got = f"{len(values)} items" if isinstance(values, (list, tuple)) else type(values).__name__
             raise ValueError(f"rewards: {name} returned {got}, expected a list of {len(completions)} numbers")
-        for index, value in enumerate(values):
+        for row, text, value in zip(scores, completions, values, strict=True):
             if not isinstance(value, (int, float)) or not math.isfinite(value):
-                text = completions[index][:80]
-                raise ValueError(f"rewards: {name} returned {value!r} for completion {index} ({text!r})")
-        components[name] = [float(value) for value in values]
-    totals = [sum(weights[name] * components[name][i] for name in weights) for i in range(len(completions))]
-    return totals, components
+                raise ValueError(f"rewards: {name} returned {value!r}, no finite number, for {text[:80]!r}")
+            row[f"reward/{name}"] = float(value)
+            row["reward"] += weight * value
+    return scores

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from accelerate import Accelerator
 from peft import PeftConfig, PeftModel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
@@ -136,8 +137,8 @@ def _convert(value, kind, key):
 def one_line_errors():
     """End the program with one line where this project's own code raised ValueError or OSError for what a user gave.
 
-    An exception out of a library, or of another type, is a defect of ours and keeps its traceback. An error with a cause
-    in a user's code (a reward function) shows the cause's traceback above the line.
+    An exception out of a library, or of another type, is a defect of ours and keeps its traceback. An error with a
+    cause in a user's code (a reward function) shows the cause's traceback above the line.
     """
     try:
         yield
@@ -163,6 +164,12 @@ def seeded_generator(seed, stream, *indices):
     keys = [seed, zlib.crc32(stream.encode()), len(indices), *indices]  # the length, as trailing zeros add no entropy
     state = np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))  # 63 bits: torch takes a signed number
+
+
+def make_accelerator(device, dtype):
+    """accelerate's view of devices and processes. device: "auto", "cpu" or "cuda"; "bfloat16" computes under autocast."""
+    check(device != "cuda" or torch.cuda.is_available(), "device", device, "cpu or auto: no GPU is to be seen here")
+    return Accelerator(cpu=device == "cpu", mixed_precision="bf16" if dtype == "bfloat16" else "no")
 
 
 def load_model(name, dtype, device, cache_dir=None):
@@ -285,7 +292,7 @@ class Completions:
 
 
 class PreallocatedLayer(DynamicLayer):
-    """A cache layer that, once `batch_repeat_interleave` made its rows, writes into a buffer instead of concatenating."""
+    """A cache layer that, after `batch_repeat_interleave`, writes into a buffer instead of concatenating."""
 
     def __init__(self, max_new_tokens):
         super().__init__()
@@ -477,7 +484,7 @@ def completion_log_probs(model, ids, completion_mask, temperature):
     chunk = max(1, MAX_LOGITS // head.weight.shape[0])
     scored = [
         checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False)
-        for part in zip(hidden.split(chunk), targets.split(chunk))
+        for part in zip(hidden.split(chunk), targets.split(chunk), strict=True)
     ]
     log_probs, entropy = (torch.cat(parts) for parts in zip(*scored, strict=True))
     empty = torch.zeros(ids.shape, device=ids.device)
@@ -516,8 +523,8 @@ def evaluate(model, tokenizer, items, system_prompt, max_new_tokens, batch_size,
     """Greedy accuracy over all items, shared among the processes.
 
     items: dataset items with "prompt" and "answer"
-    Returns strict and lenient accuracy in [0, 1], the mean length in tokens, the truncated share, and the completions of
-    this process's items (on the first process: item 0 and every num_processes-th after it).
+    Returns strict and lenient accuracy in [0, 1], the mean length in tokens, the truncated share, and the items of this
+    process with their completions.
     """
     mine = items[accelerator.process_index :: accelerator.num_processes]
     prompts = encode_prompts(tokenizer, [item["prompt"] for item in mine], system_prompt)
@@ -538,7 +545,27 @@ def evaluate(model, tokenizer, items, system_prompt, max_new_tokens, batch_size,
         device=model.device,
     )
     strict, lenient, length, truncated = (accelerator.reduce(sums) / len(items)).tolist()
-    return {"strict": strict, "lenient": lenient, "length": length, "truncated": truncated, "texts": texts}
+    return {
+        "strict": strict,
+        "lenient": lenient,
+        "length": length,
+        "truncated": truncated,
+        "items": mine,
+        "texts": texts,
+    }
+
+
+def print_summary(before, after, num_items, training_seconds, total_seconds):
+    """Accuracy by `evaluate` before and after training, and what it took."""
+    print(f"\nHeld-out accuracy, greedy, {num_items} problems (95% interval)")
+    for name in ("strict", "lenient"):
+        shares = [before[name], after[name]]
+        intervals = [wilson_interval(round(share * num_items), num_items) for share in shares]
+        cells = [
+            f"{share:6.1%} ({low:.1%} to {high:.1%})" for share, (low, high) in zip(shares, intervals, strict=True)
+        ]
+        print(f"    {name:8}{'  ->  '.join(cells)}")
+    print(f"Training took {training_seconds:.0f} s, the whole run {total_seconds:.0f} s.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -570,24 +597,50 @@ class Logger:
     def completions(self, tag, items, texts, step):
         """A table of prompts, answers and completions. Model output is text, never markup."""
         rows = ["| | prompt | answer | completion |", "|---|---|---|---|"]
-        for item, text in zip(items, texts, strict=False):
+        for item, text in zip(items, texts, strict=True):
             verdict = "✓" if strict_correct(text, item["answer"]) else "✗"
             cells = [item["prompt"], item["answer"], text]
             cells = [html.escape(cell).replace("|", "&#124;").replace("\n", "<br>") for cell in cells]
             rows.append(f"| {verdict} | {' | '.join(cells)} |")
         self.text(tag, "\n".join(rows), step)
 
+    def evaluation(self, result, step):
+        """What `evaluate` returned: curves, and a table of the first completions."""
+        self.scalars(
+            {
+                "eval/strict_accuracy": result["strict"],
+                "eval/lenient_accuracy": result["lenient"],
+                "eval/length": result["length"],
+                "eval/truncated": result["truncated"],
+            },
+            step,
+        )
+        self.completions("eval/completions", result["items"][:8], result["texts"][:8], step)
+
     def hparams(self, metrics):
         """The config as a row of TensorBoard's HPARAMS page, with the run's final metrics."""
         if self.writer:
-            flat = {key: value for key, value in dataclasses.asdict(self.config).items()}
-            flat = {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in flat.items()}
+            values = dataclasses.asdict(self.config)
+            flat = {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in values.items()}
             for summary in hparams(flat, metrics):
                 self.writer.file_writer.add_summary(summary)
 
     def close(self):
         if self.writer:
             self.writer.close()
+
+
+def completion_metrics(scores):
+    """Scalars for the log from what is known of each completion: {"reward", "reward/...", ...: (B,) tensors}."""
+    return {
+        "reward/mean": scores["reward"].mean(),
+        "reward/std": scores["reward"].std(),
+        **{tag: values.mean() for tag, values in scores.items() if tag.startswith(("reward/", "accuracy/"))},
+        "completion/length_mean": scores["length"].mean(),
+        "completion/length_min": scores["length"].min(),
+        "completion/length_max": scores["length"].max(),
+        "completion/truncated": scores["truncated"].mean(),
+    }
 
 
 class PhaseTimer:

@@ -23,26 +23,28 @@ sys.path.insert(0, str(FOLDER.parent))
 
 from datasets import (  # noqa: E402
     MathExprDataset,
-    apply_operator,  # noqa: E402
+    add,
+    apply_operator,
     expression_steps,
     monomial_text,
     polynomial_text,
 )
 
 SYSTEM_PROMPT = "Think step by step in <think></think>, then answer in <answer></answer>."
-NUM_BATCHES = 3000
+NUM_BATCHES = 3500
 BATCH_SIZE = 128
 LEARNING_RATE = 2e-3
 SEED = 0
 
-# How solutions are written, by wording (the columns of MathExprDataset.WORDINGS). A blurt skips the working, an
-# untagged solution the tags; a sloppy one has a slip in one step and goes on from there.
+# How solutions are written, by wording (the columns of MathExprDataset.WORDINGS). A sloppy one has a slip in one step
+# and goes on from there, an untagged one lacks the tags, and a blurt the working; most blurted expansions are careless.
 STYLES = {
-    "worked": (0.60, 0.35, 0.30, 0.30),
-    "sloppy": (0.10, 0.05, 0.10, 0.10),
-    "untagged": (0.15, 0.45, 0.10, 0.10),
-    "blurt": (0.15, 0.15, 0.50, 0.50),
+    "worked": (0.65, 0.38, 0.35, 0.35),
+    "sloppy": (0.10, 0.05, 0.05, 0.05),
+    "untagged": (0.15, 0.47, 0.10, 0.10),
+    "blurt": (0.10, 0.10, 0.50, 0.50),
 }
+CARELESS_SHARE = 0.7
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
@@ -139,9 +141,20 @@ def work_through(kind, structure, compute):
     return polynomial_text(coefficients), steps
 
 
+def careless_expansion(left, right, tail):
+    """What one writes in a hurry: 3*(x+2) as 3x+2, (x+1)*(x+2) as x^2+2."""
+    if len(left) == 1:
+        product = [right[0], left[0] * right[1]]
+    else:
+        product = [left[0] * right[0] if left[0] else right[0], 0, left[1] * right[1]]
+    return polynomial_text(add(product, tail))
+
+
 def write_solution(rng, kind, structure, style):
     answer, steps = work_through(kind, structure, apply_operator)
     if style == "blurt":
+        if kind == "expand" and rng.random() < CARELESS_SHARE:
+            answer = careless_expansion(*structure)
         return f"<answer>{answer}</answer>"
     if style == "sloppy":
         answer, steps = work_through(kind, structure, Slips(rng, rng.randrange(len(steps))))
@@ -169,7 +182,7 @@ def corpus(rng, tokenizer):
 
 
 def batches(rng, tokenizer, pool=16):
-    """Endless (B, T) ids and labels, right-padded; examples of like length share a batch. Prompts are not trained on."""
+    """Endless (B, T) ids and labels, padded on the right; like lengths share a batch. Prompts are not trained on."""
     examples = corpus(rng, tokenizer)
     while True:
         drawn = sorted((next(examples) for _ in range(pool * BATCH_SIZE)), key=lambda pair: len(pair[0] + pair[1]))
