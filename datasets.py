@@ -239,8 +239,8 @@ class GSM8KDataset(Dataset):
             file = self.download(split)
         self.items = []
         for number, row in read_jsonl(file):
-            question, _, answer = row.get("question"), *str(row.get("answer")).rpartition("####")[1:]
-            if not question or not answer.strip():
+            question, (_, marker, answer) = row.get("question"), str(row.get("answer")).rpartition("####")
+            if not question or not marker or not answer.strip():
                 expected = 'expected "question" and an "answer" that ends in "#### number"'
                 raise ValueError(f"{file}, line {number}: {expected}")
             self.items.append({"prompt": question, "answer": answer.strip()})

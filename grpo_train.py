@@ -39,7 +39,6 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm import tqdm
-from transformers import get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from datasets import load_dataset
@@ -63,6 +62,7 @@ from utils import (
     one_line_errors,
     print_summary,
     save_model,
+    schedule_factor,
     seeded_generator,
     stop_ids,
 )
@@ -117,7 +117,7 @@ class GRPOConfig:
     mask_truncated: bool = False
     # Optimizer
     learning_rate: float = 1e-3
-    lr_schedule: Literal["constant_with_warmup", "linear", "cosine"] = "linear"
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: int = 5
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -419,7 +419,6 @@ def main(config):
     if config.lora is None and config.kl_weight > 0:
         frozen_copy = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = get_scheduler(config.lr_schedule, optimizer, config.warmup_steps, config.num_steps)
 
     is_main = accelerator.is_main_process
     folder = new_run_folder(config.log_dir, config.run_name) if is_main else None
@@ -501,6 +500,9 @@ def main(config):
 
         # 4. K updates on these completions.
         losses, grad_norm = torch.zeros(2), 0.0
+        decay = schedule_factor(config.lr_schedule, step, config.num_steps, config.warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * decay
         token_values = {name: [] for name in TOKEN_METRICS}
         with phase("update"):
             rows = slice(share.start * G, share.stop * G)
@@ -528,8 +530,6 @@ def main(config):
                     num_skipped += 1
                 optimizer.zero_grad()
                 losses = accelerator.reduce(losses)
-            learning_rate = schedule.get_last_lr()[0]
-            schedule.step()
 
         # 5. Log.
         step_seconds = time.perf_counter() - step_start
@@ -550,7 +550,7 @@ def main(config):
             "optim/loss": losses[0],
             "optim/kl_term": losses[1],
             "optim/grad_norm": grad_norm,
-            "optim/learning_rate": learning_rate,
+            "optim/learning_rate": config.learning_rate * decay,
             "optim/skipped_steps": num_skipped,
             "time/step": step_seconds,
             **{f"time/{name}": seconds for name, seconds in phase.seconds.items()},

@@ -17,11 +17,13 @@ import time
 import traceback
 import types
 import typing
+import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 import yaml
 from accelerate import Accelerator
 from peft import PeftConfig, PeftModel
@@ -33,6 +35,10 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils import is_flash_attn_2_available
 
 from reward import lenient_correct, strict_correct
+
+# What libraries say for themselves and not to the user: weight-loading bars, the renaming of a method that PEFT calls.
+transformers.utils.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: a dataclass is the list of keys, types and defaults; a YAML file sets every one of them
@@ -167,7 +173,7 @@ def seeded_generator(seed, stream, *indices):
 
 
 def make_accelerator(device, dtype):
-    """accelerate's view of devices and processes. device: "auto", "cpu" or "cuda"; "bfloat16" computes under autocast."""
+    """accelerate's view of devices and processes. device: "auto", "cpu" or "cuda"; dtype "bfloat16" means autocast."""
     check(device != "cuda" or torch.cuda.is_available(), "device", device, "cpu or auto: no GPU is to be seen here")
     return Accelerator(cpu=device == "cpu", mixed_precision="bf16" if dtype == "bfloat16" else "no")
 
@@ -270,6 +276,19 @@ def draw_indices(size, start, count, seed):
         order = torch.randperm(size, generator=seeded_generator(seed, "data", epoch)).tolist()
         indices += order[offset : offset + count - len(indices)]
     return indices
+
+
+def schedule_factor(schedule, step, num_steps, warmup_steps):
+    """What the learning rate is multiplied with at `step`: linear warm-up, then "constant", or "linear" or "cosine" decay
+    that would reach 0 at num_steps. No step has factor 0."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    share_done = (step - warmup_steps) / (num_steps - warmup_steps)
+    return {
+        "constant": 1.0,
+        "linear": 1 - share_done,
+        "cosine": (1 + math.cos(math.pi * share_done)) / 2,
+    }[schedule]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

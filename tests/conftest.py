@@ -1,0 +1,84 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+GSM8K = ROOT.parent / "shared" / "gsm8k"
+EOS, PAD, VOCAB = 1, 0, 64
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
+
+
+def make_model(seed=0, dtype=torch.float32, family="qwen2", **settings):
+    """A random model with grouped key-value heads, spread out enough that its samples do not collapse."""
+    torch.manual_seed(seed)
+    config_class, model_class = {
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+    }[family]
+    config = config_class(
+        **{
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.15,
+            "tie_word_embeddings": True,
+            "bos_token_id": None,
+            "eos_token_id": EOS,
+            "pad_token_id": PAD,
+            **settings,
+        }
+    )
+    return model_class(config).to(dtype).eval()
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+def random_prompts(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, VOCAB, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.no_grad()
+def oracle_log_probs(model, ids, temperature=1.0):
+    """Log-probs over the vocabulary after every position of one row: float64, no padding, no cache, no mask."""
+    model64 = make_like(model).double()
+    logits = model64(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    return (logits / temperature).log_softmax(-1)  # (T, V)
+
+
+def make_like(model):
+    copy = type(model)(model.config)
+    copy.load_state_dict(model.state_dict())
+    return copy.eval()
+
+
+def oracle_generate(model, prompt, uniforms, temperature, stop, max_new_tokens):
+    """One row, a whole forward pass a token, inverse-CDF sampling by a plain loop. uniforms None is greedy."""
+    ids, log_probs = list(prompt), []
+    for t in range(max_new_tokens):
+        row = oracle_log_probs(model, ids, temperature)[-1]
+        if uniforms is None:
+            token = int(row.argmax())
+        else:
+            total, token = 0.0, None
+            for candidate, probability in enumerate(row.exp().tolist()):
+                total += probability
+                if total > float(uniforms[t]):
+                    token = candidate
+                    break
+        ids.append(token)
+        log_probs.append(float(row[token]))
+        if token in stop:
+            break
+    return ids[len(prompt) :], log_probs

@@ -1,0 +1,136 @@
+"""Config files: what is accepted, and the one line that everything else gets."""
+
+import dataclasses
+import re
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from grpo_train import GRPOConfig, LoRA
+from utils import load_config
+
+DEFAULT = ROOT / "grpo_config.yml"
+
+
+def test_yaml_and_dataclass_agree_on_keys_order_and_defaults():
+    values = yaml.safe_load(DEFAULT.read_text())
+    assert list(values) == [field.name for field in dataclasses.fields(GRPOConfig)]
+    assert list(values["lora"]) == [field.name for field in dataclasses.fields(LoRA)]
+    assert load_config(GRPOConfig, DEFAULT) == GRPOConfig(dataset_args=values["dataset_args"])
+
+
+def test_every_key_of_the_yaml_has_a_comment():
+    previous = ""
+    for line in DEFAULT.read_text().splitlines():
+        if re.match(r" *\w+:", line):
+            assert "  # " in line or previous.startswith("#"), line
+        previous = line
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("grpo_*.yml")), ids=lambda path: path.stem)
+def test_recipes_load(recipe):
+    load_config(GRPOConfig, recipe)
+
+
+def test_overrides_reach_nested_keys_and_replace_mappings():
+    config = load_config(
+        GRPOConfig, DEFAULT, ["lora.rank=4", "learning_rate=1e-5", "rewards={accuracy: 2}", "run_name=a", "seed=3"]
+    )
+    assert (config.lora.rank, config.learning_rate, config.rewards, config.run_name, config.seed) == (
+        (4, 1e-5, {"accuracy": 2.0}, "a", 3)
+    )
+    assert load_config(GRPOConfig, DEFAULT, ["lora=null"]).lora is None
+
+
+def test_scientific_notation_without_a_point_is_a_number(tmp_path):
+    assert yaml.safe_load("1e-5") == "1e-5"  # why this needs a test
+    path = tmp_path / "c.yml"
+    path.write_text(DEFAULT.read_text().replace("learning_rate: 1.0e-3", "learning_rate: 1e-5"))
+    assert load_config(GRPOConfig, path).learning_rate == 1e-5
+
+
+BAD = [
+    ("lerning_rate=1", "lerning_rate: 1: unknown key, did you mean learning_rate?"),
+    ("zzz=1", "zzz: 1: unknown key, the keys are model, "),
+    ("lora.rnk=8", "lora.rnk: 8: unknown key, did you mean lora.rank?"),
+    ("lora.dropout=0.1", "lora.dropout: 0.1: unknown key, the keys are rank, alpha, target_modules"),
+    ("learning_rate=fast", "learning_rate: 'fast', expected a number"),
+    ("learning_rate=-1", "learning_rate: -1.0, expected more than 0"),
+    ("learning_rate=.nan", "learning_rate: nan, expected a number"),
+    ("learning_rate=.inf", "learning_rate: inf, expected a number"),
+    ("learning_rate=true", "learning_rate: True, expected a number"),
+    ("learning_rate=", "learning_rate: None, expected a number"),
+    ("group_size=1", "group_size: 1, expected at least 2"),
+    ("group_size=8.5", "group_size: 8.5, expected a whole number"),
+    ("group_size=[8]", "group_size: [8], expected a whole number"),
+    ("temperature=0", "temperature: 0.0, expected more than 0"),
+    ("top_p=1.5", "top_p: 1.5, expected more than 0, at most 1"),
+    ("scale_advantages=std", "scale_advantages: 'std', expected one of group, batch, none"),
+    ("loss_normalization=mean", "loss_normalization: 'mean', expected one of token, sequence, constant"),
+    ("dtype=float16", "dtype: 'float16', expected one of float32, bfloat16"),
+    ("device=tpu", "device: 'tpu', expected one of auto, cpu, cuda"),
+    ("mask_truncated=1", "mask_truncated: 1, expected true or false"),
+    ("model=3", "model: 3, expected text"),
+    ("rewards=accuracy", "rewards: 'accuracy', expected a mapping"),
+    ("rewards={}", "rewards: {}, expected at least one reward function"),
+    ("rewards={accuracy: high}", "rewards.accuracy: 'high', expected a number"),
+    ("lora.rank=0", "lora.rank: 0, expected at least 1"),
+    ("lora.target_modules=q_proj", "lora.target_modules: 'q_proj', expected a list"),
+    ("lora=16", "lora: 16, expected a mapping"),
+    ("warmup_steps=60", "warmup_steps: 60, expected fewer than 60 steps"),
+    ("clip_low=1.0", "clip_low: 1.0, expected between 0 and 1"),
+    ("num_steps=0", "num_steps: 0, expected at least 1"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), BAD, ids=[override for override, _ in BAD])
+def test_bad_value_gets_one_line_with_file_key_value_and_expectation(override, message):
+    with pytest.raises(ValueError, match="grpo_config.yml: ") as error:
+        load_config(GRPOConfig, DEFAULT, [override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("group_size", "command line: 'group_size', expected key=value"),
+        ("seed.x=1", "command line: seed.x=1: seed holds 0, not a mapping"),
+        ("rewards={", "command line: rewards={: "),
+        ("rewards={a: 1, a: 2}", "command line: rewards={a: 1, a: 2}: a is set twice"),
+    ],
+)
+def test_bad_override_is_named(override, message):
+    with pytest.raises(ValueError, match="command line") as error:
+        load_config(GRPOConfig, DEFAULT, [override])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda text: text.replace("seed: 0", ""), "seed: missing; every key is to be set"),
+        (lambda text: text.replace("  rank: 16", "  #"), "lora.rank: missing; every key is to be set"),
+        (lambda text: text + "\nseed: 1\n", "seed is set twice"),
+        (lambda text: "- 1\n- 2\n", "expected a mapping of keys to values, not list"),
+        (lambda text: "", "expected a mapping of keys to values, not NoneType"),
+        (lambda text: "model: [", "while parsing"),
+        (lambda text: "model:\ttiny\n\tx: 1", "while scanning"),
+    ],
+)
+def test_bad_file_gets_one_line(tmp_path, edit, message):
+    path = tmp_path / "edited.yml"
+    path.write_text(edit(DEFAULT.read_text()))
+    with pytest.raises(ValueError, match="edited.yml: ") as error:
+        load_config(GRPOConfig, path)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_and_binary_file_get_one_line(tmp_path):
+    with pytest.raises(ValueError, match="nowhere.yml: .*No such file"):
+        load_config(GRPOConfig, tmp_path / "nowhere.yml")
+    (tmp_path / "binary.yml").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(ValueError, match="binary.yml: "):
+        load_config(GRPOConfig, tmp_path / "binary.yml")

@@ -1,0 +1,178 @@
+"""The decode loop against a slow oracle: one row at a time, float64, no cache, no padding."""
+
+import pytest
+import torch
+from conftest import EOS, PAD, VOCAB, make_model, oracle_generate, oracle_log_probs, random_prompts
+
+from grpo_train import make_micro_batches
+from utils import completion_log_probs, generate, sample
+
+LENGTHS = [3, 9, 5, 1]
+G, MAX_NEW = 6, 24
+
+
+@pytest.fixture(scope="module")
+def uniforms():
+    return torch.rand(len(LENGTHS) * G, MAX_NEW, generator=torch.Generator().manual_seed(1))
+
+
+def rows_of(completions):
+    return [tokens[mask].tolist() for tokens, mask in zip(completions.tokens, completions.mask, strict=True)]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_tokens_and_log_probs_equal_the_oracle_row_by_row(uniforms, temperature, family):
+    model, prompts = make_model(family=family), random_prompts(LENGTHS)
+    stop = [EOS, 7]  # two end tokens, as Qwen and Llama have
+    out = generate(model, prompts, MAX_NEW, stop, PAD, num_samples=G, uniforms=uniforms, temperature=temperature)
+    lengths = out.mask.sum(1)
+    assert lengths.min() < MAX_NEW / 2 and lengths.max() == MAX_NEW  # some rows drop out early, some run to the end
+    for row, tokens in enumerate(rows_of(out)):
+        expected, log_probs = oracle_generate(model, prompts[row // G], uniforms[row], temperature, stop, MAX_NEW)
+        assert tokens == expected
+        assert out.log_probs[row, : len(tokens)].tolist() == pytest.approx(log_probs, abs=1e-4)
+        assert not out.log_probs[row, len(tokens) :].any()
+
+
+def test_greedy_tokens_equal_the_oracle():
+    model, prompts = make_model(), random_prompts(LENGTHS)
+    out = generate(model, prompts, MAX_NEW, [EOS], PAD)
+    for prompt, tokens in zip(prompts, rows_of(out), strict=True):
+        assert tokens == oracle_generate(model, prompt, None, 1.0, [EOS], MAX_NEW)[0]
+
+
+def test_mask_is_the_completion_with_its_end_token_even_when_pad_is_eos(model, uniforms):
+    prompts = [[EOS, *prompt, EOS] for prompt in random_prompts(LENGTHS)]  # end-of-turn tokens in the prompt
+    out = generate(model, prompts, MAX_NEW, [EOS], EOS, num_samples=G, uniforms=uniforms)
+    ended = 0
+    for row, tokens in enumerate(rows_of(out)):
+        expected, _ = oracle_generate(model, prompts[row // G], uniforms[row], 1.0, [EOS], MAX_NEW)
+        assert tokens == expected
+        assert bool(out.truncated[row]) == (tokens[-1] != EOS)
+        assert EOS not in tokens[:-1]
+        ended += tokens[-1] == EOS
+    assert ended >= 2
+    assert int(out.mask.sum()) == sum(map(len, rows_of(out)))
+
+
+def test_poisoned_generation_config_changes_no_sampled_token(model, uniforms):
+    prompts = random_prompts(LENGTHS)
+    clean = generate(model, prompts, MAX_NEW, [EOS], PAD, num_samples=G, uniforms=uniforms)
+    model.generation_config.update(
+        do_sample=True, repetition_penalty=1.5, top_k=2, top_p=0.1, temperature=0.1, max_new_tokens=2, min_p=0.5
+    )
+    poisoned = generate(model, prompts, MAX_NEW, [EOS], PAD, num_samples=G, uniforms=uniforms)
+    assert torch.equal(clean.tokens, poisoned.tokens)
+    assert torch.equal(clean.log_probs, poisoned.log_probs)
+
+
+@pytest.mark.parametrize("drop_share", [0.01, 0.25, 2.0])
+def test_a_rows_tokens_do_not_depend_on_which_rows_are_dropped(model, uniforms, drop_share):
+    prompts = random_prompts(LENGTHS)
+    reference = generate(model, prompts, MAX_NEW, [EOS], PAD, num_samples=G, uniforms=uniforms)
+    out = generate(model, prompts, MAX_NEW, [EOS], PAD, num_samples=G, uniforms=uniforms, drop_share=drop_share)
+    assert torch.equal(out.tokens, reference.tokens)
+
+
+@pytest.mark.parametrize("batch_size", [1, G, 3 * G, 1000])
+def test_batch_size_changes_no_token(model, uniforms, batch_size):
+    prompts = random_prompts(LENGTHS)
+    reference = generate(model, prompts, MAX_NEW, [EOS], PAD, num_samples=G, uniforms=uniforms)
+    out = generate(model, prompts, MAX_NEW, [EOS], PAD, num_samples=G, uniforms=uniforms, batch_size=batch_size)
+    assert torch.equal(out.tokens, reference.tokens)
+
+
+def test_sampled_log_prob_is_the_recomputed_log_prob(model, uniforms):
+    prompts = random_prompts(LENGTHS)
+    out = generate(model, prompts, MAX_NEW, [EOS], PAD, num_samples=G, uniforms=uniforms, temperature=0.7)
+    rows = [prompt for prompt in prompts for _ in range(G)]
+    ones = torch.ones(len(rows))
+    for batch in make_micro_batches(rows, out, ones, ones, 10_000, PAD):
+        log_probs, _ = completion_log_probs(model, batch.ids, batch.mask, 0.7)
+        torch.testing.assert_close(log_probs, batch.sampler_log_probs, atol=2e-5, rtol=0)
+
+
+def test_trained_ids_are_the_generated_ids(model, uniforms):
+    prompts = random_prompts(LENGTHS)
+    out = generate(model, prompts, MAX_NEW, [EOS], PAD, num_samples=G, uniforms=uniforms)
+    rows = [prompt for prompt in prompts for _ in range(G)]
+    generated = sorted(prompt + tokens for prompt, tokens in zip(rows, rows_of(out), strict=True))
+    ones = torch.ones(len(rows))
+    trained = []
+    for batch in make_micro_batches(rows, out, ones, ones, 100, PAD):
+        for ids, mask in zip(batch.ids.tolist(), batch.mask.tolist(), strict=True):
+            end = max(i for i, is_completion in enumerate(mask) if is_completion) + 1
+            trained.append(ids[:end])
+    assert sorted(trained) == generated
+
+
+def test_amount_of_left_padding_changes_no_log_prob(model):
+    prompt, noise = random_prompts([4])[0], torch.full((1, MAX_NEW), 0.5)
+    alone = generate(model, [prompt], MAX_NEW, [EOS], PAD, uniforms=noise)
+    for longest in (5, 20, 100):
+        prompts = [prompt, random_prompts([longest], seed=9)[0]]
+        padded = generate(model, prompts, MAX_NEW, [EOS], PAD, uniforms=noise.expand(2, -1))
+        assert torch.equal(padded.tokens[0], alone.tokens[0])
+        torch.testing.assert_close(padded.log_probs[0], alone.log_probs[0], atol=1e-5, rtol=0)
+
+
+def test_a_prompt_too_long_for_the_model_is_named(model):
+    with pytest.raises(ValueError, match=r"max_new_tokens: 24 after a prompt of 250 tokens exceeds .* 256 positions"):
+        generate(model, random_prompts([250]), MAX_NEW, [EOS], PAD)
+
+
+def test_greedy_samples_of_one_prompt_are_refused(model):
+    with pytest.raises(ValueError, match="num_samples"):
+        generate(model, [[2]], MAX_NEW, [EOS], PAD, num_samples=2)
+
+
+def test_sampling_never_draws_a_token_of_probability_zero():
+    logits = torch.tensor([[-torch.inf, 1.0, -torch.inf, 1.0, -torch.inf]])
+    for u, expected in [(0.0, 1), (0.49999, 1), (0.5, 3), (1 - 2**-24, 3)]:
+        tokens, log_probs = sample(logits, torch.tensor([u]), 1.0, 1.0)
+        assert tokens.tolist() == [expected]
+        assert log_probs.item() == pytest.approx(-0.6931, abs=1e-4)
+
+
+def test_sampling_frequencies_are_the_probabilities():
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(0)) * 2
+    n = 200_000
+    u = (torch.arange(n) + 0.5) / n  # evenly spread, so counts are exact to rounding
+    tokens, _ = sample(logits.expand(n, -1), u, 0.5, 1.0)
+    frequencies = torch.bincount(tokens, minlength=VOCAB) / n
+    torch.testing.assert_close(frequencies, (logits[0] / 0.5).softmax(-1), atol=2 / n, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 6.0])
+def test_fp32_cumulative_sum_is_exact_enough_at_a_vocabulary_of_152k(scale):
+    # What a token gets is its step of the fp32 cdf. Against float64, no token's share may be off by more than the
+    # resolution of the 24-bit uniforms, and the shares of any set of tokens (here: prefixes) by more than 1e-5.
+    logits = torch.randn(4, 151_936, generator=torch.Generator().manual_seed(0)) * scale
+    cdf = logits.log_softmax(-1).exp().cumsum(-1)
+    cdf = cdf / cdf[:, -1:]
+    exact = logits.double().softmax(-1)
+    steps = torch.diff(cdf.double(), prepend=torch.zeros(4, 1).double())
+    assert steps.min() >= 0
+    assert (steps - exact).abs().max() < 2**-22
+    assert (cdf.double() - exact.cumsum(-1)).abs().max() < 1e-5
+
+
+def test_top_p_keeps_the_nucleus_and_reports_log_probs_of_the_whole_distribution():
+    probs = torch.tensor([[0.1, 0.5, 0.3, 0.1]])
+    n = 10_000
+    u = (torch.arange(n) + 0.5) / n
+    tokens, log_probs = sample(probs.log().expand(n, -1), u, 1.0, 0.7)  # 0.5 and 0.3 reach 0.7
+    assert torch.bincount(tokens, minlength=4).tolist() == [0, 6250, 3750, 0]
+    assert set(log_probs.exp().mul(10).round().int().tolist()) == {5, 3}
+
+
+def test_bf16_model_reports_fp32_log_probs_close_to_the_oracle():
+    model, prompt = make_model(dtype=torch.bfloat16), random_prompts([6])[0]
+    noise = torch.rand(8, MAX_NEW, generator=torch.Generator().manual_seed(2))
+    out = generate(model, [prompt], MAX_NEW, [EOS], PAD, num_samples=8, uniforms=noise)
+    assert out.log_probs.dtype == torch.float32
+    for row, tokens in enumerate(rows_of(out)):
+        exact = oracle_log_probs(model, prompt + tokens)
+        expected = [float(exact[len(prompt) - 1 + t, token]) for t, token in enumerate(tokens)]
+        assert out.log_probs[row, : len(tokens)].tolist() == pytest.approx(expected, abs=0.15)

@@ -1,0 +1,385 @@
+"""The scripts as a user runs them, and the helpers of a run: model loading, prompts, evaluation, logs."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, make_model
+from peft import PeftModel
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import grpo_train
+from utils import (
+    Logger,
+    draw_indices,
+    encode_prompts,
+    evaluate,
+    load_config,
+    load_model,
+    load_tokenizer,
+    make_accelerator,
+    schedule_factor,
+    seeded_generator,
+    stop_ids,
+    wilson_interval,
+)
+
+TINY = str(ROOT / "tiny_model")
+SMALL = [
+    "num_steps=2",
+    "prompts_per_step=4",
+    "group_size=4",
+    "max_new_tokens=32",
+    "warmup_steps=0",
+    "eval_size=8",
+    "eval_every=1",
+    "lora.rank=4",
+]
+
+
+def run_script(arguments, cwd=ROOT, launcher=(sys.executable,), path=()):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, path))
+    return subprocess.run(
+        [*launcher, str(ROOT / "grpo_train.py"), *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def train(tmp_path, name, *overrides):
+    """A small run in this process; returns its folder."""
+    overrides = [*SMALL, f"model={TINY}", f"log_dir={tmp_path}", f"run_name={name}", *overrides]
+    grpo_train.main(load_config(grpo_train.GRPOConfig, ROOT / "grpo_config.yml", overrides))
+    return tmp_path / name
+
+
+def scalars(folder):
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+# Whole runs
+
+
+def test_script_runs_two_steps_saves_an_adapter_and_says_how_to_load_it(tmp_path):
+    done = run_script([*SMALL, f"log_dir={tmp_path}", "run_name=run"])
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+    assert f'PeftModel.from_pretrained(base, "{tmp_path}/run/model")' in done.stdout
+    assert "Held-out accuracy, greedy, 8 problems (95% interval)" in done.stdout
+
+    base = AutoModelForCausalLM.from_pretrained(TINY)
+    ids = torch.arange(20)[None]
+    before = base(input_ids=ids).logits
+    trained = PeftModel.from_pretrained(base, tmp_path / "run" / "model")
+    assert not torch.equal(trained(input_ids=ids).logits, before)
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").chat_template
+    assert all((w != 0).any() for n, w in load_file(tmp_path / "run/model/adapter_model.safetensors").items())
+
+    curves = scalars(tmp_path / "run")
+    assert [step for step, _ in curves["eval/strict_accuracy"]] == [0, 1, 2]
+    assert [step for step, _ in curves["reward/mean"]] == [1, 2]  # two steps, each once
+    assert [value for _, value in curves["progress/completions"]] == [16, 32]
+    for tag in (
+        "eval/lenient_accuracy",
+        "reward/accuracy",
+        "reward/format",
+        "time/step",
+        "time/rollout",
+        "throughput/tokens_per_second",
+        "progress/generated_tokens",
+        "progress/seconds",
+        "policy/entropy",
+        "optim/grad_norm",
+    ):
+        assert tag in curves
+    resolved = load_config(grpo_train.GRPOConfig, tmp_path / "run" / "config.yml")
+    assert resolved.group_size == 4 and resolved.lora.rank == 4
+
+
+def test_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
+    folders = [train(tmp_path, "a"), train(tmp_path, "b"), train(tmp_path, "c", "seed=1")]
+    weights = [load_file(folder / "model" / "adapter_model.safetensors") for folder in folders]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+    curves = [scalars(folder) for folder in folders[:2]]
+    for tag in curves[0]:
+        if not tag.startswith(("time/", "throughput/", "progress/seconds")):
+            assert curves[0][tag] == curves[1][tag], tag
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["kl_weight=0.1", "updates_per_step=2", "gradient_checkpointing=true", "loss_normalization=sequence"],
+        ["lora=null", "kl_weight=0.1", "scale_advantages=batch", "loss_normalization=constant"],
+        ["dtype=bfloat16", "kl_weight=0.1", "scale_advantages=none"],
+        ["lora=null", "dtype=bfloat16", "lr_schedule=cosine"],
+        ["micro_batch_tokens=1", "generation_batch_size=1", "mask_truncated=true", "top_p=0.9"],
+    ],
+    ids=["kl-two-updates", "full-kl", "bf16", "full-bf16", "smallest-batches"],
+)
+def test_each_way_of_training_runs_and_logs_finite_numbers(tmp_path, capsys, overrides):
+    folder = train(tmp_path, "run", *overrides)
+    curves = scalars(folder)
+    assert all(math.isfinite(value) for points in curves.values() for _, value in points)
+    if "kl_weight=0.1" in overrides:
+        assert curves["policy/kl_k3"][0][1] == 0 or "updates_per_step=2" in overrides
+        assert curves["policy/kl_k3"][1][1] > 0
+    if "dtype=bfloat16" not in overrides:
+        assert curves["policy/ratio_error_max"][0][1] == 0
+        assert curves["policy/sampler_gap_max"][0][1] < 1e-3
+    if "lora=null" in overrides:
+        loaded = AutoModelForCausalLM.from_pretrained(folder / "model")
+        assert any(
+            not torch.equal(a, b)
+            for a, b in zip(loaded.parameters(), AutoModelForCausalLM.from_pretrained(TINY).parameters(), strict=True)
+        )
+    assert ("ratios are biased" in capsys.readouterr().out) == ("top_p=0.9" in overrides)
+
+
+def test_training_goes_on_from_a_saved_adapter_and_its_kl_starts_at_zero(tmp_path):
+    first = train(tmp_path, "first", "learning_rate=0.01")
+    second = train(tmp_path, "second", f"model={first / 'model'}", "kl_weight=0.1")
+    curves, before = scalars(second), scalars(first)
+    assert curves["policy/kl_k3"][0][1] == 0
+    assert curves["eval/strict_accuracy"][0][1] == before["eval/strict_accuracy"][-1][1]
+    saved = load_file(second / "model" / "adapter_model.safetensors")
+    assert saved.keys() == load_file(first / "model" / "adapter_model.safetensors").keys()
+
+
+def test_step_without_any_gradient_is_a_no_op(tmp_path):
+    # Two new tokens never complete an answer: every row is truncated, and masked out of the loss.
+    folder = train(tmp_path, "run", "max_new_tokens=2", "mask_truncated=true", "kl_weight=0.1", "weight_decay=0.5")
+    curves = scalars(folder)
+    assert all(math.isfinite(value) for points in curves.values() for _, value in points)
+    assert [value for _, value in curves["completion/truncated"]] == [1, 1]
+    assert [value for _, value in curves["optim/loss"]] == [0, 0]
+    weights = load_file(folder / "model" / "adapter_model.safetensors")
+    assert all((w == 0).all() for name, w in weights.items() if "lora_B" in name)
+
+
+def test_non_finite_gradient_skips_the_step_and_is_counted(tmp_path, monkeypatch):
+    honest = grpo_train.policy_loss
+
+    def poisoned(*args):
+        loss, ratio = honest(*args)
+        return loss * torch.nan, ratio
+
+    monkeypatch.setattr(grpo_train, "policy_loss", poisoned)
+    folder = train(tmp_path, "run")
+    assert [value for _, value in scalars(folder)["optim/skipped_steps"]] == [1, 2]
+    weights = load_file(folder / "model" / "adapter_model.safetensors")
+    assert all((w == 0).all() for name, w in weights.items() if "lora_B" in name)
+
+
+@pytest.fixture
+def hugging_face_datasets(tmp_path):
+    """A folder that, on the path, has Hugging Face `datasets` installed as far as anybody can ask."""
+    site = tmp_path / "site"
+    (site / "datasets").mkdir(parents=True)
+    (site / "datasets" / "__init__.py").write_text("raise ImportError('Hugging Face datasets was imported')\n")
+    (site / "datasets-4.0.0.dist-info").mkdir()
+    (site / "datasets-4.0.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: datasets\nVersion: 4.0.0\n"
+    )
+    return site
+
+
+def test_two_processes_take_the_step_of_one_with_hugging_face_datasets_installed(tmp_path, hugging_face_datasets):
+    # Five prompts do not divide by two; the sequence normalization and the KL have denominators of their own.
+    overrides = [
+        *SMALL,
+        f"log_dir={tmp_path}",
+        "device=cpu",
+        "prompts_per_step=5",
+        "learning_rate=1e-3",
+        "kl_weight=0.05",
+        "loss_normalization=sequence",
+    ]
+    two = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    two += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    for name, launcher in {"one": [sys.executable], "two": two}.items():
+        done = run_script([*overrides, f"run_name={name}"], launcher=launcher, path=[hugging_face_datasets])
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Held-out accuracy") == 1
+    one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for tag in one:
+        if not tag.startswith(("time/", "throughput/", "progress/seconds")):
+            assert [v for _, v in two[tag]] == pytest.approx([v for _, v in one[tag]], rel=1e-4, abs=1e-6), tag
+    weights = [load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("one", "two")]
+    for name in weights[0]:
+        torch.testing.assert_close(weights[1][name], weights[0][name], atol=2e-5, rtol=1e-3)
+
+
+# Bad input, as a user sees it: one line, no traceback, nothing started
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["group_size=1"], "error: grpo_config.yml: group_size: 1, expected at least 2: a group of one has no spread"),
+        (["learning_rate=fast"], "error: grpo_config.yml: learning_rate: 'fast', expected a number"),
+        (["--config", "nowhere.yml"], "error: nowhere.yml: [Errno 2] No such file or directory: 'nowhere.yml'"),
+        (["dataset=math"], "error: dataset: 'math', expected one of math_expr, gsm8k, or a path that ends in .jsonl"),
+        (["rewards={speed: 1}"], "error: rewards: 'speed' is unknown, expected one of accuracy, format, or my_module"),
+        (
+            ["model=nowhere/at_all"],
+            "error: model: 'nowhere/at_all': there is no such folder here, and the Hugging Face",
+        ),
+        (["model=tests"], "error: model: 'tests': this folder holds no model: it has no config.json"),
+        (["prompts_per_step=0"], "error: grpo_config.yml: prompts_per_step: 0, expected at least 1"),
+    ],
+)
+def test_bad_input_ends_with_one_line(arguments, line, tmp_path):
+    done = run_script([*arguments, *([] if "--config" in arguments else [f"log_dir={tmp_path / 'logs'}"])])
+    assert done.returncode == 1
+    assert line in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "logs").exists()
+
+
+def test_failing_reward_function_shows_its_own_traceback_and_one_line(tmp_path):
+    (tmp_path / "my_reward.py").write_text("def f(completions, **columns):\n    return [1 / 0 for _ in completions]\n")
+    done = run_script([*SMALL, f"log_dir={tmp_path}", "rewards={'my_reward:f': 1.0}"], path=[tmp_path])
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("error: rewards: my_reward:f raised ZeroDivisionError: division by zero")
+    assert "my_reward.py" in done.stderr
+
+
+def test_defect_of_our_own_keeps_its_traceback(tmp_path):
+    (tmp_path / "x.py").write_text(
+        "import utils\nwith utils.one_line_errors():\n    int('seven')\n"  # a ValueError from elsewhere
+    )
+    done = subprocess.run(
+        [sys.executable, tmp_path / "x.py"], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert "Traceback" in done.stderr
+
+
+# Models and prompts
+
+
+def test_folder_without_weights_or_with_some_missing_is_named(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(
+        ValueError, match="model: '.*empty': this folder holds no complete model: .*safetensors"
+    ) as error:
+        load_model(str(tmp_path / "empty"), "float32", "cpu")
+    assert "\n" not in str(error.value)
+
+    from safetensors.torch import save_file
+
+    weights = load_file(tmp_path / "whole" / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "whole" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 1 of its weights, model.layers.1.mlp.up_proj.weight for one"):
+        load_model(str(tmp_path / "whole"), "float32", "cpu")
+
+
+def test_end_ids_are_all_of_the_generation_config_and_the_tokenizers():
+    model, tokenizer = make_model(), load_tokenizer(TINY)
+    model.generation_config.eos_token_id = [5, 9]
+    assert stop_ids(model, tokenizer) == sorted({5, 9, tokenizer.eos_token_id})
+
+
+def test_prompts_follow_the_chat_template_or_plain_text(capsys):
+    tokenizer = load_tokenizer(TINY)
+    chat, alone = (tokenizer.decode(encode_prompts(tokenizer, ["2+2"], s)[0]) for s in ("Be brief.", ""))
+    assert chat == "<|system|>Be brief.<|user|>2+2<|assistant|>"
+    assert alone == "<|user|>2+2<|assistant|>"
+    tokenizer.chat_template = None
+    assert tokenizer.decode(encode_prompts(tokenizer, ["2+2"], "Be brief.")[0]) == "Be brief.\n\n2+2\n\n"
+
+
+def test_model_without_chat_template_is_said_once(tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    load_tokenizer(str(tmp_path))
+    assert capsys.readouterr().out.count("has no chat template") == 1
+
+
+# Data order, schedules, statistics
+
+
+def test_every_epoch_holds_every_item_once_in_an_order_of_its_own():
+    whole = draw_indices(10, 0, 30, seed=0)
+    epochs = [whole[i : i + 10] for i in (0, 10, 20)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert [i for start in range(0, 30, 7) for i in draw_indices(10, start, 7, seed=0)][:30] == whole
+    assert draw_indices(10, 0, 10, seed=1) != epochs[0]
+
+
+def test_generators_of_different_streams_and_indices_differ():
+    keys = [
+        (seed, stream, *rest) for seed in (0, 1) for stream in ("data", "rollout") for rest in ((), (0,), (1,), (0, 0))
+    ]
+    draws = [tuple(torch.rand(4, generator=seeded_generator(*key)).tolist()) for key in keys]
+    assert len(set(draws)) == len(keys)
+    assert draws[0] == tuple(torch.rand(4, generator=seeded_generator(*keys[0])).tolist())
+
+
+def test_schedule_warms_up_and_decays_and_no_step_is_wasted():
+    factors = {s: [schedule_factor(s, step, 10, 3) for step in range(10)] for s in ("constant", "linear", "cosine")}
+    for values in factors.values():
+        assert values[:4] == [0.25, 0.5, 0.75, 1.0]
+        assert min(values) > 0
+    assert factors["constant"][4:] == [1.0] * 6
+    assert factors["linear"][4:] == pytest.approx([6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7])
+    assert factors["cosine"][-1] == pytest.approx((1 + math.cos(math.pi * 6 / 7)) / 2)
+
+
+def test_wilson_interval_by_published_values():
+    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-3)
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-3)  # Newcombe 1998, table I
+
+
+def test_evaluation_is_greedy_and_counts_strict_and_lenient():
+    model, tokenizer = load_model(TINY, "float32", "cpu"), load_tokenizer(TINY)
+    items = [{"prompt": f"Compute {a}+{b}", "answer": str(a + b)} for a in range(1, 5) for b in range(1, 5)]
+    results = [evaluate(model, tokenizer, items, "", 48, size, make_accelerator("cpu", "float32")) for size in (3, 99)]
+    assert results[0] == results[1]
+    assert 0 < results[0]["strict"] <= results[0]["lenient"] <= 1
+    wrong = [{**item, "answer": "1000"} for item in items]
+    result = evaluate(model, tokenizer, wrong, "", 48, 99, make_accelerator("cpu", "float32"))
+    assert result["strict"] == result["lenient"] == 0
+
+
+def test_completions_in_the_log_are_text_and_never_markup(tmp_path):
+    logger = Logger(tmp_path, grpo_train.GRPOConfig(), enabled=True)
+    hostile = "<script>alert(1)</script>|\n<think>"
+    logger.completions("eval/completions", [{"prompt": "<b>", "answer": "7"}], [hostile], 0)
+    logger.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    (event,) = events.Tensors("eval/completions/text_summary")
+    table = event.tensor_proto.string_val[0].decode()
+    assert "<script>" not in table and "<b>" not in table and "&lt;script&gt;" in table
+    assert len(table.splitlines()) == 3 and table.splitlines()[2].count("|") == 5
+
+
+def test_hyperparameters_and_config_are_logged(tmp_path):
+    folder = train(tmp_path, "run")
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert "_hparams_/session_start_info" in json.dumps(events.summary_metadata, default=str)
+    assert "config/text_summary" in events.Tags()["tensors"]
+    assert yaml.safe_load((folder / "config.yml").read_text())["lora"]["rank"] == 4
