@@ -279,8 +279,9 @@ def draw_indices(size, start, count, seed):
 
 
 def schedule_factor(schedule, step, num_steps, warmup_steps):
-    """What the learning rate is multiplied with at `step`: linear warm-up, then "constant", or "linear" or "cosine" decay
-    that would reach 0 at num_steps. No step has factor 0."""
+    """What the learning rate is multiplied with at `step`: linear warm-up, then "constant", or "linear" or "cosine"
+    decay that would reach 0 at num_steps. No step has factor 0.
+    """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     share_done = (step - warmup_steps) / (num_steps - warmup_steps)

@@ -57,7 +57,7 @@ def test_corpus_solutions_are_right_when_worked_and_wrong_when_sloppy(pretrain):
     rng = random.Random(0)
     difficulty = MathExprDataset("train", size=1)
     for kind in ("evaluate", "expand"):
-        right = {style: 0 for style in pretrain.STYLES}
+        right = dict.fromkeys(pretrain.STYLES, 0)
         for _ in range(300):
             text = None
             while text is None:
