@@ -259,7 +259,7 @@ def stop_ids(model, tokenizer):
 def encode_prompts(tokenizer, prompts, system_prompt):
     """Token ids of each prompt as the model is to see it: chat template, system prompt, start of the answer."""
     if tokenizer.chat_template is None:
-        texts = ["\n\n".join(part for part in (system_prompt, prompt, "") if part) + "\n" for prompt in prompts]
+        texts = [f"{system_prompt}\n\n{prompt}\n\n".lstrip() for prompt in prompts]
     else:
         system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         chats = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +43,13 @@ def make_model(seed=0, dtype=torch.float32, family="qwen2", **settings):
 @pytest.fixture
 def model():
     return make_model()
+
+
+@pytest.fixture(autouse=True)
+def forget_accelerate():
+    """accelerate keeps one state a process: precision and devices of one test would be those of the next."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def random_prompts(lengths, seed=0):

@@ -8,15 +8,16 @@ decides how often: after "Compute" most are worked through in the tags, after "W
 What the model can do and what it mostly shows are then far apart, as they are in a real base model.
 """
 
+import json
 import math
 import random
 import sys
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, get_scheduler
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, get_scheduler
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
@@ -29,6 +30,7 @@ from datasets import (  # noqa: E402
     monomial_text,
     polynomial_text,
 )
+from reward import TAGS  # noqa: E402
 
 SYSTEM_PROMPT = "Think step by step in <think></think>, then answer in <answer></answer>."
 NUM_BATCHES = 3500
@@ -39,10 +41,10 @@ SEED = 0
 # How solutions are written, by wording (the columns of MathExprDataset.WORDINGS). A sloppy one has a slip in one step
 # and goes on from there, an untagged one lacks the tags, and a blurt the working; most blurted expansions are careless.
 STYLES = {
-    "worked": (0.65, 0.38, 0.35, 0.35),
-    "sloppy": (0.10, 0.05, 0.05, 0.05),
-    "untagged": (0.15, 0.47, 0.10, 0.10),
-    "blurt": (0.10, 0.10, 0.50, 0.50),
+    "worked": (0.65, 0.41, 0.41, 0.41),
+    "sloppy": (0.05, 0.03, 0.03, 0.03),
+    "untagged": (0.15, 0.48, 0.08, 0.08),
+    "blurt": (0.15, 0.08, 0.48, 0.48),
 }
 CARELESS_SHARE = 0.7
 
@@ -59,37 +61,41 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer():
-    """Byte-level BPE as Qwen's: any text is representable, digits and symbols are single tokens, known words too."""
-    tokenizer = Tokenizer(models.BPE())
-    pieces = Regex(r" ?[A-Za-z]+|[0-9]| ?[^A-Za-z0-9\s]|\s")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(pieces, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    """Qwen's tokenizer, byte-level BPE, with a vocabulary of its own: bytes, the words of the prompts, and the tags.
+
+    Any text is representable; a digit, a symbol, a tag or a word of the prompts is one token.
+    """
     words = [SYSTEM_PROMPT, "Steps: Answer: Solve Calculate Find the value of"]
     words += [wording for wordings in MathExprDataset.WORDINGS.values() for wording in wordings]
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000,
-        special_tokens=["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r" ?[A-Za-z]+|[0-9]| ?[^A-Za-z0-9\s]|\s"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
-    tokenizer.train_from_iterator(words, trainer)
-    # Ordinary tokens, not special ones: decoding must keep the tags for the reward to see them.
-    tags = [
-        AddedToken(tag, special=False, normalized=False) for tag in ("<think>", "</think>", "<answer>", "</answer>")
-    ]
-    tokenizer.add_tokens(tags)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    chat = ["<|system|>", "<|user|>", "<|assistant|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=["<|pad|>", "<|end|>", *chat], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(words, trainer)
+    learned = json.loads(bpe.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=learned["vocab"],
+        merges=[tuple(merge) for merge in learned["merges"]],
+        unk_token="<|pad|>",  # never needed
         pad_token="<|pad|>",
         eos_token="<|end|>",
-        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
+        extra_special_tokens=chat,
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
         model_max_length=512,
         padding_side="left",
     )
+    # Ordinary tokens, not special ones: decoding must keep the tags for the reward to see them.
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    return tokenizer
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -205,6 +211,7 @@ def batches(rng, tokenizer, pool=16):
 
 
 def main():
+    torch.set_num_threads(1)  # sums are then taken in the same order whatever the number of cores
     torch.manual_seed(SEED)
     tokenizer = build_tokenizer()
     config = Qwen2Config(
