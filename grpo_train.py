@@ -425,8 +425,8 @@ def main(config):
     logger = Logger(folder, config, enabled=is_main)
     num_trained, num_total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
     accelerator.print(
-        f"{config.model}: {num_total:,} parameters, {num_trained:,} of them trained, on {device} in {config.dtype}, "
-        f"{inner_model(model).config._attn_implementation} attention\n"
+        f"{config.model}: {num_total:,} parameters, {num_trained:,} of them trained, on {world} x {device.type}, "
+        f"{config.dtype}, {inner_model(model).config._attn_implementation} attention\n"
         f"{config.dataset}: {len(train_set):,} problems, evaluated on {len(test_items):,} held-out ones\n"
         f"{config.num_steps} steps of {P} prompts x {G} completions of up to {config.max_new_tokens} tokens -> {folder}"
     )
@@ -437,7 +437,8 @@ def main(config):
     history, num_skipped, training_seconds, num_tokens = [], 0, 0.0, 0
 
     def evaluate_policy(step):
-        with PhaseTimer(progress)("evaluate"):
+        phase = PhaseTimer(progress)
+        with phase("evaluate"):
             result = evaluate(
                 model,
                 tokenizer,
@@ -448,6 +449,7 @@ def main(config):
                 accelerator,
             )
         logger.evaluation(result, step)
+        logger.scalars({"time/evaluate": phase.seconds["evaluate"]}, step)
         if is_main:
             progress.write(f"step {step:4d}  held-out: strict {result['strict']:.1%}, lenient {result['lenient']:.1%}")
         history.append(result)

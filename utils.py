@@ -175,7 +175,9 @@ def seeded_generator(seed, stream, *indices):
 def make_accelerator(device, dtype):
     """accelerate's view of devices and processes. device: "auto", "cpu" or "cuda"; dtype "bfloat16" means autocast."""
     check(device != "cuda" or torch.cuda.is_available(), "device", device, "cpu or auto: no GPU is to be seen here")
-    return Accelerator(cpu=device == "cpu", mixed_precision="bf16" if dtype == "bfloat16" else "no")
+    # Several processes find each other on a CPU only if accelerate is told that it is one.
+    on_cpu = device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    return Accelerator(cpu=on_cpu, mixed_precision="bf16" if dtype == "bfloat16" else "no")
 
 
 def load_model(name, dtype, device, cache_dir=None):

@@ -210,12 +210,14 @@ def test_two_processes_take_the_step_of_one_with_hugging_face_datasets_installed
         "kl_weight=0.05",
         "loss_normalization=sequence",
     ]
-    two = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    # --multi_gpu: without it, accelerate starts one process on a CPU, whatever the number asked for.
+    two = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
     two += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
     for name, launcher in {"one": [sys.executable], "two": two}.items():
         done = run_script([*overrides, f"run_name={name}"], launcher=launcher, path=[hugging_face_datasets])
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Held-out accuracy") == 1
+        assert f"on {1 + (name == 'two')} x cpu" in done.stdout
     one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")
     assert one.keys() == two.keys()
     for tag in one:
@@ -299,7 +301,7 @@ def test_end_ids_are_all_of_the_generation_config_and_the_tokenizers():
     assert stop_ids(model, tokenizer) == sorted({5, 9, tokenizer.eos_token_id})
 
 
-def test_prompts_follow_the_chat_template_or_plain_text(capsys):
+def test_prompts_follow_the_chat_template_or_plain_text():
     tokenizer = load_tokenizer(TINY)
     chat, alone = (tokenizer.decode(encode_prompts(tokenizer, ["2+2"], s)[0]) for s in ("Be brief.", ""))
     assert chat == "<|system|>Be brief.<|user|>2+2<|assistant|>"
