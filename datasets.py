@@ -175,7 +175,7 @@ class MathExprDataset(Dataset):
         ]:
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ValueError(f"{name}: {value!r}, expected an integer of at least {low}")
-        if isinstance(kinds, str) or not kinds or set(kinds) - set(self.WORDINGS):
+        if not isinstance(kinds, (list, tuple)) or not kinds or set(kinds) - set(self.WORDINGS):
             raise ValueError(f"kinds: {kinds!r}, expected a list of {' and '.join(self.WORDINGS)}")
         self.split, self.max_operators, self.max_integer = split, max_operators, max_integer
         self.max_value, self.max_coefficient = max_value, max_coefficient
@@ -232,6 +232,8 @@ class GSM8KDataset(Dataset):
     def __init__(self, split, path=None):
         _check_split(split)
         if path is not None:
+            if not isinstance(path, (str, Path)):
+                raise ValueError(f"path: {path!r}, expected the name of a folder")
             file = Path(path) / f"{split}.jsonl"
             if not file.is_file():
                 raise FileNotFoundError(f"path: {file} does not exist")
@@ -284,7 +286,8 @@ class JSONLDataset(Dataset):
         self.items = []
         for number, row in read_jsonl(file):
             for key in ("prompt", "answer"):
-                if not isinstance(row.get(key), str) or not row[key].strip():
+                # A lone surrogate, which JSON can spell, is no text either.
+                if not isinstance(row.get(key), str) or not row[key].encode(errors="ignore").strip():
                     raise ValueError(f'{file}, line {number}: "{key}" is {row.get(key)!r}, expected text')
             if self.items and row.keys() != self.items[0].keys():
                 raise ValueError(f"{file}, line {number}: keys {sorted(row)}, but line 1 has {sorted(self.items[0])}")
@@ -303,19 +306,17 @@ class JSONLDataset(Dataset):
 
 def read_jsonl(file):
     """(line number, object) for each line of the file that is not blank; ValueError, naming the line, for a bad one."""
-    with open(file, encoding="utf-8-sig", errors="strict") as lines:
-        number = 0
-        try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError(f"expected an object, not {type(row).__name__}")
-                    yield number, row
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}, after line {number}: not UTF-8 ({error})") from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file}, line {number}: {error}") from None
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested beyond reason
+                raise ValueError(f"{file}, line {number}: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{file}, line {number}: expected an object, not {type(row).__name__}")
+            yield number, row
 
 
 DATASETS = {"math_expr": MathExprDataset, "gsm8k": GSM8KDataset}

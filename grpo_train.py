@@ -47,6 +47,8 @@ from utils import (
     Logger,
     PhaseTimer,
     check,
+    check_chunked_head,
+    check_prompt_lengths,
     completion_log_probs,
     completion_metrics,
     draw_indices,
@@ -142,7 +144,6 @@ class GRPOConfig:
             "generation_batch_size": 1,
             "eval_size": 1,
             "eval_every": 1,
-            "seed": 0,
         }.items():
             check(getattr(self, key) >= low, key, getattr(self, key), f"at least {low}")
         check(
@@ -159,6 +160,7 @@ class GRPOConfig:
         check(
             self.warmup_steps < self.num_steps, "warmup_steps", self.warmup_steps, f"fewer than {self.num_steps} steps"
         )
+        check(0 <= self.seed < 2**32, "seed", self.seed, "at least 0 and less than 2^32")
         check(self.rewards, "rewards", self.rewards, "at least one reward function with its weight")
 
 
@@ -228,19 +230,24 @@ def make_policy(model, lora, gradient_checkpointing):
     """
     if isinstance(model, PeftModel):
         check(lora is not None, "lora", None, "an adapter, as the model has one (merge it to train all weights)")
-        rank = model.peft_config["default"].r
-        check(lora.rank == rank, "lora.rank", lora.rank, f"{rank}, the rank of the adapter that training starts from")
-        weights = {name: parameter for name, parameter in model.named_parameters() if ".default." in name}
-        model.add_adapter("reference", model.peft_config["default"])
-        copies = dict(model.named_parameters())
-        for name, parameter in weights.items():
-            copies[name.replace(".default.", ".reference.")].data.copy_(parameter.data)
+        settings = model.peft_config["default"]
+        own = {"rank": settings.r, "alpha": settings.lora_alpha, "target_modules": sorted(settings.target_modules)}
+        for key, value in own.items():
+            wanted = sorted(lora.target_modules) if key == "target_modules" else getattr(lora, key)
+            check(wanted == value, f"lora.{key}", wanted, f"{value}, as in the adapter that training starts from")
+        model.add_adapter("reference", settings)
+        parameters = dict(model.named_parameters())
+        for name, parameter in parameters.items():
+            path = name.split(".")
+            if "reference" in path:
+                original = ".".join("default" if part == "reference" else part for part in path)
+                parameter.data.copy_(parameters[original].data)
         model.set_adapter("default")
     elif lora is not None:
-        names = [name for name, _ in model.named_modules()]
+        linears = [f".{name}" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
         for target in lora.target_modules:
-            found = any(name == target or name.endswith(f".{target}") for name in names)
-            check(found, "lora.target_modules", target, "the name of a layer that the model has")
+            found = any(name.endswith(f".{target}") for name in linears)
+            check(found, "lora.target_modules", target, "the name of linear layers that the model has")
         settings = LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM"
         )
@@ -269,6 +276,7 @@ def reference_policy(model, frozen_copy):
 def checkpointed_layers(model):
     """Layers recompute their activations in the backward pass; transformers asks for train mode, here of them alone."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [layer for layer in layers if layer.gradient_checkpointing]
     for layer in layers:
         layer.training = True
     yield
@@ -376,7 +384,8 @@ def micro_batch_loss(model, batch, config, frozen_copy, autocast):
 def summarize_tokens(values, accelerator):
     """{name: (mean, min, max)} of per-token values {name: 1-D tensors}, over all micro-batches and processes.
 
-    Names without any value, on any process, are left out.
+    Names without any value, on any process, are left out. Rows that are not computed on, for want of an advantage or a
+    place in the loss, are not in it.
     """
     summary = {}
     for name, parts in values.items():
@@ -406,12 +415,21 @@ def main(config):
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     P, G = config.prompts_per_step, config.group_size
     check(P >= world, "prompts_per_step", P, f"at least {world}, one for each process")
+    check(len(test_items) >= world, "eval_size", len(test_items), f"at least {world} problems, one for each process")
+    is_main = accelerator.is_main_process
+    folder = new_run_folder(config.log_dir, config.run_name) if is_main else None
 
     set_seed(config.seed)  # before the adapter is made: its initial weights follow from the seed, on every process
     # Trained weights are fp32, whatever the rest is computed in: bf16 would round most updates away.
     load_dtype = "float32" if config.lora is None else config.dtype
     model = load_model(config.model, load_dtype, device, config.cache_dir)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
+    check_chunked_head(model)
+    train_prompts, test_prompts = (
+        encode_prompts(tokenizer, [item["prompt"] for item in items], config.system_prompt)
+        for items in (train_set, test_items)
+    )
+    check_prompt_lengths(model, train_prompts + test_prompts, config.max_new_tokens)
     model = make_policy(model, config.lora, config.gradient_checkpointing)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert parameters, "nothing to train"
@@ -420,9 +438,7 @@ def main(config):
         frozen_copy = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
 
-    is_main = accelerator.is_main_process
-    folder = new_run_folder(config.log_dir, config.run_name) if is_main else None
-    logger = Logger(folder, config, enabled=is_main)
+    logger = Logger(folder, config)
     num_trained, num_total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
     accelerator.print(
         f"{config.model}: {num_total:,} parameters, {num_trained:,} of them trained, on {world} x {device.type}, "
@@ -443,7 +459,7 @@ def main(config):
                 model,
                 tokenizer,
                 test_items,
-                config.system_prompt,
+                test_prompts,
                 config.max_new_tokens,
                 config.generation_batch_size,
                 accelerator,
@@ -462,12 +478,12 @@ def main(config):
 
         # 1. Sample P prompts; this process completes its share of them, G times each.
         with phase("rollout"):
-            items = [train_set[i] for i in draw_indices(len(train_set), step * P, P, config.seed)]
             share = slice(rank * P // world, (rank + 1) * P // world)
+            indices = draw_indices(len(train_set), step * P, P, config.seed)[share]
             uniforms = torch.rand(
                 P * G, config.max_new_tokens, generator=seeded_generator(config.seed, "rollout", step)
             )
-            prompts = encode_prompts(tokenizer, [item["prompt"] for item in items[share]], config.system_prompt)
+            prompts = [train_prompts[i] for i in indices]
             with accelerator.autocast():
                 completions = generate(
                     model,
@@ -484,7 +500,7 @@ def main(config):
 
         # 2. Score them. From here on every process knows the scores of all B = P * G rows.
         with phase("reward"):
-            row_items = [item for item in items[share] for _ in range(G)]
+            row_items = [train_set[i] for i in indices for _ in range(G)]
             scores = score(config.rewards, completions.texts(tokenizer), row_items)
             lengths, truncated = completions.mask.sum(1).tolist(), completions.truncated.tolist()
             for row, row_length, row_truncated in zip(scores, lengths, truncated, strict=True):
@@ -542,13 +558,7 @@ def main(config):
             **completion_metrics(scores),
             "reward/group_std": rewards.std(dim=1).mean(),
             "reward/equal_groups": (rewards.amax(1) == rewards.amin(1)).float().mean(),
-            **{f"policy/{name}": tokens[name][0] for name in TOKEN_METRICS if name in tokens},
-            **{f"policy/{name}_min": tokens[name][1] for name in tokens if name == "ratio"},
-            **{
-                f"policy/{name}_max": tokens[name][2]
-                for name in tokens
-                if name in ("ratio", "ratio_error", "sampler_gap")
-            },
+            **{f"policy/{name}": mean for name, (mean, _, _) in tokens.items()},
             "optim/loss": losses[0],
             "optim/kl_term": losses[1],
             "optim/grad_norm": grad_norm,
@@ -563,6 +573,9 @@ def main(config):
             "progress/generated_tokens": num_tokens,
             "progress/seconds": training_seconds,
         }
+        for name in ("ratio", "ratio_error", "sampler_gap"):
+            if name in tokens:
+                metrics[f"policy/{name}_min"], metrics[f"policy/{name}_max"] = tokens[name][1:]
         if device.type == "cuda":
             metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         logger.scalars(metrics, step + 1)

@@ -4,8 +4,8 @@ Completions are hostile input. Nothing in them is executed, sizes are bounded be
 read as an answer is simply wrong. A bug in a reward function, on the other hand, stops the run.
 
 A reward function has the signature that TRL's GRPOTrainer uses, `f(completions, answer, **columns) -> list[float]`:
-it gets every column of the dataset as a list with one entry a completion. Add yours to REWARDS, or name it in the
-config as `my_module:my_function`.
+it gets every column of the dataset as a list with one entry a completion, and the prompts as `prompts`. Add yours to
+REWARDS, or name it in the config as `my_module:my_function`.
 """
 
 import importlib
@@ -71,7 +71,8 @@ def lenient_answer(text):
 # An optional sign, coefficient and power of x. Quantified groups start with characters that cannot end what stands
 # before them, so matching is linear in the length.
 _TERM = re.compile(
-    r"(?P<sign>[+-]?)\$?(?P<number>[0-9]+(?:,[0-9]{3})*)?(?P<decimals>\.[0-9]+)?(?:/(?P<denominator>[0-9]+))?%?"
+    r"(?P<sign>[+-]?)(?P<dollar>\$?)(?P<number>[0-9]+(?:,[0-9]{3})*)?(?P<decimals>\.[0-9]+)?"
+    r"(?:/(?P<denominator>[0-9]+))?(?P<percent>%?)"
     r"(?:\*?(?P<variable>x)(?:\^(?P<power>[0-9]+))?)?"
 )
 
@@ -81,29 +82,34 @@ def parse_value(text):
 
     Numbers are integers, decimals and fractions; thousands may be set off by commas. "$" and "%" are units and say
     nothing: "$18" is 18 and "75%" is 75. A polynomial is a sum in which each power occurs once, as in "x^2-2x+1" or
-    "x**2 - 2*x + 1": "3+4" and "2x+x" are problems rather than answers, and None, as is anything with brackets.
+    "x**2 - 2*x + 1". What is still to be worked out is no answer: "3+4", "2x+x", "14/2", anything with brackets.
     """
-    text = text.strip().replace("−", "-").replace("**", "^").replace("X", "x")
-    if len(text) > MAX_ANSWER_CHARS or re.search(r"[0-9.x] +[0-9.x]", text):  # "1 2" is not 12
+    if len(text) > MAX_ANSWER_CHARS:
         return None
-    text = "".join(text.split())
+    text = text.strip().replace("−", "-").replace("**", "^").replace("X", "x")
+    text = re.sub(r"\s*([-+*^])\s*", r"\1", text)  # white space around operators means nothing; "1 2" is not 12
     coefficients, position = {}, 0
     while position < len(text) or not coefficients:
         term = _TERM.match(text, position)
         number, decimals, denominator, variable = term.group("number", "decimals", "denominator", "variable")
-        if position > 0 and not term["sign"] or not (number or decimals or variable):
+        has_coefficient = bool(number or decimals)
+        if (
+            (position > 0 and not term["sign"])
+            or not (has_coefficient or variable)
+            or ((term["dollar"] or term["percent"]) and (variable or not has_coefficient))
+            or (number and "," in number and (number[0] == "0" or len(number.partition(",")[0]) > 3))
+        ):
             return None
-        if number and "," in number and len(number.partition(",")[0]) > 3:
-            return None
-        power = int(term["power"] or 1) if variable else 0
-        if power in coefficients or power > MAX_POWER or denominator and int(denominator) == 0:
-            return None
-        has_coefficient = number or decimals
         coefficient = Fraction((number or "0").replace(",", "") + (decimals or "")) if has_coefficient else Fraction(1)
         if denominator:
-            if not has_coefficient:
+            if not has_coefficient or int(denominator) == 0:
                 return None
             coefficient /= int(denominator)
+            if coefficient.denominator == 1:
+                return None
+        power = int(term["power"] or 1) if variable else 0
+        if power in coefficients or power > MAX_POWER:
+            return None
         coefficients[power] = -coefficient if term["sign"] == "-" else coefficient
         position = term.end()
     return {power: coefficient for power, coefficient in coefficients.items() if coefficient}
@@ -150,16 +156,16 @@ def find_reward(name):
     """The function behind a name in REWARDS or behind "my_module:my_function"; ValueError if there is none."""
     if name in REWARDS:
         return REWARDS[name]
-    module_name, colon, function_name = name.partition(":")
-    if not colon:
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
         known = ", ".join(REWARDS)
         raise ValueError(f"rewards: {name!r} is unknown, expected one of {known}, or my_module:my_function")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except ModuleNotFoundError as error:
-        if error.name != module_name:  # the module was found and lacks something itself
+        if not f"{module_name}.".startswith(f"{error.name}."):  # the module is there and lacks something itself
             raise
-        raise ValueError(f"rewards: {name!r}: there is no module {module_name}.py on the path") from None
+        raise ValueError(f"rewards: {name!r}: there is no module {error.name} on the path") from None
     except AttributeError:
         raise ValueError(f"rewards: {name!r}: {module_name} has no {function_name}") from None
     if not callable(function):
@@ -175,7 +181,8 @@ def score(weights, completions, items):
     and "accuracy/lenient" are there whatever is rewarded. ValueError, naming the function, if one raises or returns
     anything but B finite numbers.
     """
-    columns = {key: [item[key] for item in items] for key in items[0]}
+    columns = {key: [item[key] for item in items] for key in items[0] if key != "prompt"}
+    prompts = [item["prompt"] for item in items]
     scores = [
         {
             "reward": 0.0,
@@ -186,7 +193,7 @@ def score(weights, completions, items):
     ]
     for name, weight in weights.items():
         try:
-            values = find_reward(name)(completions=completions, **columns)
+            values = find_reward(name)(prompts=prompts, completions=completions, **columns)
         except Exception as error:
             raise ValueError(f"rewards: {name} raised {type(error).__name__}: {error}") from error
         if not isinstance(values, (list, tuple)) or len(values) != len(completions):

@@ -27,6 +27,7 @@ import transformers
 import yaml
 from accelerate import Accelerator
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -85,7 +86,8 @@ def load_config(config_class, path, overrides=()):
     try:
         return _convert(values, config_class, "")
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        set_there = any(str(error).startswith(override.partition("=")[0]) for override in overrides)
+        raise ValueError(f"{'command line' if set_there else path}: {error}") from None
 
 
 def check(condition, key, value, expected):
@@ -122,9 +124,12 @@ def _convert(value, kind, key):
     if origin is list:
         check(isinstance(value, list), key, value, "a list")
         return [_convert(item, arguments[0], f"{key}[{i}]") for i, item in enumerate(value)]
-    if origin is dict:
+    if kind is dict or origin is dict:
         check(isinstance(value, dict), key, value, "a mapping of keys to values")
-        return {name: _convert(item, arguments[1], f"{key}.{name}") for name, item in value.items()}
+        check(all(isinstance(name, str) for name in value), key, value, "keys that are text")
+        if origin is dict:
+            value = {name: _convert(item, arguments[1], f"{key}.{name}") for name, item in value.items()}
+        return value
     if kind in (int, float):
         expected = "a whole number" if kind is int else "a number"
         check(not isinstance(value, bool) and isinstance(value, (int, float, str)), key, value, expected)
@@ -175,8 +180,8 @@ def seeded_generator(seed, stream, *indices):
 def make_accelerator(device, dtype):
     """accelerate's view of devices and processes. device: "auto", "cpu" or "cuda"; dtype "bfloat16" means autocast."""
     check(device != "cuda" or torch.cuda.is_available(), "device", device, "cpu or auto: no GPU is to be seen here")
-    # Several processes find each other on a CPU only if accelerate is told that it is one.
-    on_cpu = device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    # Without this, processes on a CPU would not find each other, and each would take itself for the only one.
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
     return Accelerator(cpu=on_cpu, mixed_precision="bf16" if dtype == "bfloat16" else "no")
 
 
@@ -204,14 +209,12 @@ def load_model(name, dtype, device, cache_dir=None):
         )
         if base_name != name:
             model = PeftModel.from_pretrained(model, name, is_trainable=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model: {name!r}: {_model_problem(name, error)}") from None
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"model: {name!r} lacks {len(missing)} of its weights, {missing[0]} for one")
-    model.to(device).eval()
-    _check_chunked_head(model)
-    return model
+    return model.to(device).eval()
 
 
 def _model_problem(name, error):
@@ -220,10 +223,7 @@ def _model_problem(name, error):
         if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
             return "this folder holds no model: it has no config.json"
         return f"this folder holds no complete model: {' '.join(str(error).split())}"
-    return (
-        "there is no such folder here, and the Hugging Face hub gave no such model "
-        f"({' '.join(str(error).split())[:300]})"
-    )
+    return f"there is no such folder here, and from the Hugging Face hub: {' '.join(str(error).split())[:300]}"
 
 
 def load_tokenizer(name, cache_dir=None):
@@ -268,6 +268,16 @@ def encode_prompts(tokenizer, prompts, system_prompt):
         texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     # The template writes the special tokens itself; in plain text the tokenizer adds its own.
     return tokenizer(texts, add_special_tokens=tokenizer.chat_template is None).input_ids
+
+
+def check_prompt_lengths(model, prompts, max_new_tokens):
+    """ValueError if a prompt (token ids) and its completion might not fit into the model."""
+    longest = max(map(len, prompts))
+    limit = getattr(inner_model(model).config.get_text_config(), "max_position_embeddings", None)
+    if limit and longest + max_new_tokens > limit:
+        raise ValueError(
+            f"max_new_tokens: {max_new_tokens} after a prompt of {longest} tokens exceeds the model's {limit} positions"
+        )
 
 
 def draw_indices(size, start, count, seed):
@@ -411,11 +421,6 @@ def _decode(model, prompts, max_new_tokens, stop_ids, pad_id, num_samples, unifo
     device = model.device
     config = inner_model(model).config
     P, B, longest = len(prompts), len(prompts) * num_samples, max(map(len, prompts))
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and longest + max_new_tokens > limit:
-        raise ValueError(
-            f"max_new_tokens: {max_new_tokens} after a prompt of {longest} tokens exceeds the model's {limit} positions"
-        )
     ids = torch.full((P, longest), pad_id)
     attention_mask = torch.ones(P, longest + max_new_tokens, dtype=torch.long)
     for row, prompt in enumerate(prompts):
@@ -456,7 +461,7 @@ def _decode(model, prompts, max_new_tokens, stop_ids, pad_id, num_samples, unifo
         log_probs[rows, t] = torch.where(running, log_prob, 0.0)
         mask[rows, t] = running
         finished[rows] |= torch.isin(token, stop)
-        num_finished = int(finished[rows].sum())  # the one host sync of the step
+        num_finished = int(finished[rows].sum())  # where the loop waits for the device, once a step
         if num_finished == len(rows) or t == max_new_tokens - 1:
             break
         if num_finished >= drop_share * len(rows):
@@ -514,7 +519,7 @@ def completion_log_probs(model, ids, completion_mask, temperature):
 
 
 @torch.no_grad()
-def _check_chunked_head(model):
+def check_chunked_head(model):
     """ValueError if lm_head over the last hidden state is not the model's logits (a scaled or capped head, say)."""
     ids = torch.arange(8, device=model.device)[None] % inner_model(model).config.get_text_config().vocab_size
     logits = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
@@ -541,21 +546,26 @@ def wilson_interval(successes, trials):
     return (centre - spread) / (1 + z * z / trials), (centre + spread) / (1 + z * z / trials)
 
 
-def evaluate(model, tokenizer, items, system_prompt, max_new_tokens, batch_size, accelerator):
+def evaluate(model, tokenizer, items, prompts, max_new_tokens, batch_size, accelerator):
     """Greedy accuracy over all items, shared among the processes.
 
-    items: dataset items with "prompt" and "answer"
+    items: dataset items, at least one a process; prompts: their token ids
     Returns strict and lenient accuracy in [0, 1], the mean length in tokens, the truncated share, and the items of this
     process with their completions.
     """
-    mine = items[accelerator.process_index :: accelerator.num_processes]
-    prompts = encode_prompts(tokenizer, [item["prompt"] for item in mine], system_prompt)
+    share = slice(accelerator.process_index, None, accelerator.num_processes)
+    items_here, prompts_here = items[share], prompts[share]
     with accelerator.autocast():
         completions = generate(
-            model, prompts, max_new_tokens, stop_ids(model, tokenizer), tokenizer.pad_token_id, batch_size=batch_size
+            model,
+            prompts_here,
+            max_new_tokens,
+            stop_ids(model, tokenizer),
+            tokenizer.pad_token_id,
+            batch_size=batch_size,
         )
     texts = completions.texts(tokenizer)
-    answers = [item["answer"] for item in mine]
+    answers = [item["answer"] for item in items_here]
     sums = torch.tensor(
         [
             sum(map(strict_correct, texts, answers)),
@@ -563,7 +573,7 @@ def evaluate(model, tokenizer, items, system_prompt, max_new_tokens, batch_size,
             int(completions.mask.sum()),
             int(completions.truncated.sum()),
         ],
-        dtype=torch.float64 if model.device.type != "mps" else torch.float32,
+        dtype=torch.float64,
         device=model.device,
     )
     strict, lenient, length, truncated = (accelerator.reduce(sums) / len(items)).tolist()
@@ -572,7 +582,7 @@ def evaluate(model, tokenizer, items, system_prompt, max_new_tokens, batch_size,
         "lenient": lenient,
         "length": length,
         "truncated": truncated,
-        "items": mine,
+        "items": items_here,
         "texts": texts,
     }
 
@@ -596,11 +606,12 @@ def print_summary(before, after, num_items, training_seconds, total_seconds):
 
 
 class Logger:
-    """TensorBoard scalars, texts and hyperparameters of one run, in one folder. Writes on the main process alone."""
+    """TensorBoard scalars, texts and hyperparameters of one run, in one folder."""
 
-    def __init__(self, folder, config, enabled):
+    def __init__(self, folder, config):
+        """folder: where to write, made if need be; None writes nothing."""
         self.writer = None
-        if enabled:
+        if folder is not None:
             self.writer = SummaryWriter(str(folder))
             text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
             (Path(folder) / "config.yml").write_text(text, encoding="utf-8")
@@ -611,6 +622,8 @@ class Logger:
         for tag, value in values.items():
             if self.writer:
                 self.writer.add_scalar(tag, value, step)
+        if self.writer:
+            self.writer.flush()  # so that nothing is lost, however the run ends
 
     def text(self, tag, markdown, step):
         if self.writer:
@@ -680,12 +693,14 @@ class PhaseTimer:
 
 
 def new_run_folder(log_dir, run_name):
-    """`log_dir/run_name`, made now; the name is the time if there is none. ValueError if it exists already."""
+    """`log_dir/run_name`, which is not there yet; the name is the time if there is none. ValueError if it cannot be."""
     folder = Path(log_dir) / (run_name or time.strftime("%Y-%m-%d_%H-%M-%S"))
+    if folder.exists():
+        raise ValueError(f"run_name: {folder} exists already; choose another name or delete it")
     try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        raise ValueError(f"run_name: {folder} exists already; choose another name or delete it") from None
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"log_dir: {log_dir!r} cannot be made: {error}") from None
     return folder
 
 

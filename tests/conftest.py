@@ -1,6 +1,8 @@
 import os
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: no test may wait for a network
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -9,8 +11,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 ROOT = Path(__file__).resolve().parent.parent
 GSM8K = ROOT.parent / "shared" / "gsm8k"
 EOS, PAD, VOCAB = 1, 0, 64
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
 
 
 def make_model(seed=0, dtype=torch.float32, family="qwen2", **settings):

@@ -17,7 +17,7 @@ def test_yaml_and_dataclass_agree_on_keys_order_and_defaults():
     values = yaml.safe_load(DEFAULT.read_text())
     assert list(values) == [field.name for field in dataclasses.fields(GRPOConfig)]
     assert list(values["lora"]) == [field.name for field in dataclasses.fields(LoRA)]
-    assert load_config(GRPOConfig, DEFAULT) == GRPOConfig(dataset_args=values["dataset_args"])
+    assert load_config(GRPOConfig, DEFAULT) == GRPOConfig()
 
 
 def test_every_key_of_the_yaml_has_a_comment():
@@ -73,6 +73,10 @@ BAD = [
     ("mask_truncated=1", "mask_truncated: 1, expected true or false"),
     ("model=3", "model: 3, expected text"),
     ("rewards=accuracy", "rewards: 'accuracy', expected a mapping"),
+    ("rewards={3: 1}", "rewards: {3: 1}, expected keys that are text"),
+    ("dataset_args=5", "dataset_args: 5, expected a mapping"),
+    ("dataset_args=null", "dataset_args: None, expected a mapping"),
+    ("seed=5000000000", "seed: 5000000000, expected at least 0 and less than 2^32"),
     ("rewards={}", "rewards: {}, expected at least one reward function"),
     ("rewards={accuracy: high}", "rewards.accuracy: 'high', expected a number"),
     ("lora.rank=0", "lora.rank: 0, expected at least 1"),
@@ -85,11 +89,20 @@ BAD = [
 
 
 @pytest.mark.parametrize(("override", "message"), BAD, ids=[override for override, _ in BAD])
-def test_bad_value_gets_one_line_with_file_key_value_and_expectation(override, message):
-    with pytest.raises(ValueError, match="grpo_config.yml: ") as error:
+def test_bad_value_gets_one_line_with_source_key_value_and_expectation(tmp_path, override, message):
+    with pytest.raises(ValueError, match="command line: ") as error:
         load_config(GRPOConfig, DEFAULT, [override])
-    assert message in str(error.value)
+    assert str(error.value).startswith(f"command line: {message}")
     assert "\n" not in str(error.value)
+
+    # The same value in a file: the file is named.
+    values, (key, _, text) = yaml.safe_load(DEFAULT.read_text()), override.partition("=")
+    *parents, last = key.split(".")
+    (values[parents[0]] if parents else values)[last] = yaml.safe_load(text)
+    (tmp_path / "edited.yml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match="edited.yml: ") as error:
+        load_config(GRPOConfig, tmp_path / "edited.yml", ["eval_size=8"])
+    assert str(error.value).startswith(f"{tmp_path / 'edited.yml'}: {message}")
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,7 @@ def test_product_text_reads_as_what_it_is():
         ({"max_coefficient": 1}, "max_coefficient: 1"),
         ({"kinds": ["divide"]}, "kinds: \\['divide'\\], expected a list of evaluate and expand"),
         ({"kinds": "expand"}, "kinds: 'expand', expected a list"),
+        ({"kinds": 5}, "kinds: 5, expected a list"),
         ({"max_operator": 3}, "dataset_args: 'max_operator' is no argument of the dataset math_expr"),
     ],
 )
@@ -181,6 +182,8 @@ def test_gsm8k_line_without_an_answer_is_named(tmp_path):
         GSM8KDataset("train", tmp_path)
     with pytest.raises(FileNotFoundError, match="test.jsonl does not exist"):
         GSM8KDataset("test", tmp_path)
+    with pytest.raises(ValueError, match="path: 5, expected the name of a folder"):
+        GSM8KDataset("test", 5)
 
 
 # JSONL
@@ -211,6 +214,7 @@ def test_jsonl_holds_out_every_tenth_line_or_takes_a_test_file(tmp_path):
         ('{"prompt": " ", "answer": "7"}\n', "line 3: \"prompt\" is ' ', expected text"),
         ('{"prompt": "p", "answer": "7", "level": 1}\n', "line 3: keys"),
         ("[" * 100_000 + "\n", "line 3: "),
+        ('{"prompt": "\\ud800", "answer": "7"}\n', "line 3: \"prompt\" is '\\ud800', expected text"),
     ],
 )
 def test_bad_jsonl_line_is_named_by_number(tmp_path, line, message):
@@ -227,7 +231,7 @@ def test_missing_empty_and_binary_jsonl_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="empty.jsonl: no train problems"):
         JSONLDataset(write_jsonl(tmp_path / "empty.jsonl", []), "train")
     (tmp_path / "binary.jsonl").write_bytes(b'{"prompt": "p", "answer": "\xff"}\n')
-    with pytest.raises(ValueError, match="binary.jsonl, after line 0: not UTF-8"):
+    with pytest.raises(ValueError, match="binary.jsonl, line 1: 'utf-8' codec can't decode"):
         JSONLDataset(tmp_path / "binary.jsonl", "train")
 
 

@@ -1,5 +1,6 @@
 """The maths of grpo_train.py, by hand where it fits a comment, and against one row at a time where it does not."""
 
+import ast
 import contextlib
 import copy
 import dataclasses
@@ -7,7 +8,7 @@ import math
 
 import pytest
 import torch
-from conftest import EOS, PAD, make_model, random_prompts
+from conftest import EOS, PAD, ROOT, make_model, random_prompts
 from peft import PeftModel
 
 from grpo_train import (
@@ -256,12 +257,12 @@ def test_dropout_never_enters_ratio_or_kl(tmp_path, checkpointing):
     from peft import LoraConfig, get_peft_model
 
     base = make_model(attention_dropout=0.5)
-    adapted = get_peft_model(base, LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "up_proj"]))
+    adapted = get_peft_model(base, LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj"]))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_()
     adapted.train()
-    model = make_policy(adapted, LoRA(rank=4), checkpointing)
+    model = make_policy(adapted, LoRA(rank=4, alpha=8, target_modules=["q_proj"]), checkpointing)
     loss, kl_term, values = loss_of(model, GRPOConfig(kl_weight=1.0))
     assert values["ratio_error"].max() == 0
     assert values["kl_k3"].abs().max() == values["kl_k1"].abs().max() == kl_term == 0
@@ -348,19 +349,43 @@ def test_training_on_from_an_adapter_has_kl_zero_at_step_0_and_that_adapter_as_r
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
 
 
-def test_adapter_of_another_rank_and_lora_null_are_refused(tmp_path):
+def test_adapter_on_the_embeddings_is_copied_into_the_reference_too(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(
+        make_model(tie_word_embeddings=False), LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"])
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.3)
+    ids = torch.arange(10)[None]
+    start = adapted.eval()(input_ids=ids).logits
+    model = make_policy(adapted, LoRA(rank=4, alpha=8, target_modules=["q_proj", "embed_tokens"]), False)
+    with reference_policy(model, None) as reference:
+        assert torch.equal(reference(input_ids=ids).logits, start)
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (LoRA(rank=8), "lora.rank: 8, expected 4, as in the adapter that training starts from"),
+        (LoRA(rank=4, alpha=7), "lora.alpha: 7, expected 32"),
+        (LoRA(rank=4, target_modules=["q_proj"]), r"lora.target_modules: \['q_proj'\], expected \['down_proj', "),
+        (None, "lora: None"),
+    ],
+)
+def test_config_that_contradicts_the_adapter_is_refused(tmp_path, lora, message):
     make_model().save_pretrained(tmp_path / "base")
     base = load_model(str(tmp_path / "base"), "float32", "cpu")
     make_policy(base, LoRA(rank=4), False).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="lora.rank: 8, expected 4"):
-        make_policy(load_model(str(tmp_path / "adapter"), "float32", "cpu"), LoRA(rank=8), False)
-    with pytest.raises(ValueError, match="lora: None"):
-        make_policy(load_model(str(tmp_path / "adapter"), "float32", "cpu"), None, False)
+    with pytest.raises(ValueError, match=message):
+        make_policy(load_model(str(tmp_path / "adapter"), "float32", "cpu"), lora, False)
 
 
-def test_unknown_target_module_is_named():
-    with pytest.raises(ValueError, match="lora.target_modules: 'qq_proj'"):
-        make_policy(make_model(), LoRA(rank=4, target_modules=["q_proj", "qq_proj"]), False)
+@pytest.mark.parametrize("target", ["qq_proj", "mlp", "norm"])
+def test_target_that_is_no_linear_layer_is_named(target):
+    with pytest.raises(ValueError, match=f"lora.target_modules: '{target}', expected the name of linear layers"):
+        make_policy(make_model(), LoRA(rank=4, target_modules=["q_proj", target]), False)
 
 
 def test_saved_adapter_gives_the_trained_models_logits(tmp_path):
@@ -382,9 +407,13 @@ def test_saved_adapter_gives_the_trained_models_logits(tmp_path):
 
 
 def test_every_config_key_is_read():
-    source = (__import__("pathlib").Path(__file__).parent.parent / "grpo_train.py").read_text()
-    main = source[source.index("def micro_batch_loss") :]
-    for field in dataclasses.fields(GRPOConfig):
-        assert f"config.{field.name}" in main, f"{field.name} is read nowhere"
-    for field in dataclasses.fields(LoRA):
-        assert f"lora.{field.name}" in source, f"lora.{field.name} is read nowhere"
+    tree = ast.parse((ROOT / "grpo_train.py").read_text())
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]  # __post_init__ only checks
+    read = {
+        (node.value.id, node.attr)
+        for function in functions
+        for node in ast.walk(function)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    }
+    assert {("config", field.name) for field in dataclasses.fields(GRPOConfig)} <= read
+    assert {("lora", field.name) for field in dataclasses.fields(LoRA)} <= read

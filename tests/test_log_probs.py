@@ -116,4 +116,4 @@ def test_model_that_caps_its_logits_is_refused():
             return out
 
     with pytest.raises(ValueError, match="does more to its logits than lm_head"):
-        utils._check_chunked_head(Capped(make_model().config).eval())
+        utils.check_chunked_head(Capped(make_model().config).eval())

@@ -50,6 +50,7 @@ def test_numbers_are_read_exactly(text, value):
 @pytest.mark.parametrize(
     "text",
     ["", " ", "-", "$", "%", "24 or 25", "24, 25", "1 2", "1,25", "1234,567", "12,34,567", "1.2.3", "3/0", "1/2/3"]
+    + ["1\n2", "1\t2", "3, 100", "1, 250", "0,125", "14/2", "8/8", "0/5", "3%x", "$x", "1 .5", "3 / 4"]
     + ["--7", "+-7", "1e5", "nan", "inf", "seven", "7 apples", "7.", "٣", "７", "0x10", "1_000", "(7)", "3+4", "2*3"]
     + ["9**9**9", "x^-1", "x^1001", "2x+x", "(x+1)*(x-2)", "x(x-1)", "xx", "y", "2^3", "x/2", "9" * 201],
 )
@@ -185,6 +186,7 @@ HOSTILE = {
     "terms": "+x" * 500_000,
     "tags": "<answer>" * 100_000,
     "code": "__import__('os').system('true')",
+    "minus signs": "−**X" * 250_000,
     "controls": "\x00\x1b[31m7\u202e\u200b",
 }
 
@@ -215,7 +217,7 @@ def test_score_weighs_components_and_reports_them_unweighted():
 def test_users_function_gets_every_column_and_is_named_by_module(monkeypatch, tmp_path):
     (tmp_path / "my_rewards.py").write_text(
         "def graded(completions, answer, level, **columns):\n"
-        "    assert columns.keys() == {'prompt'}\n"
+        "    assert columns.keys() == {'prompts'} and columns['prompts'] == ['p', 'q']\n"
         "    return [float(a) * l for a, l in zip(answer, level)]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -228,7 +230,10 @@ def test_users_function_gets_every_column_and_is_named_by_module(monkeypatch, tm
     ("name", "message"),
     [
         ("acuracy", "rewards: 'acuracy' is unknown, expected one of accuracy, format, or my_module:my_function"),
-        ("no_such_module:f", "there is no module no_such_module.py"),
+        ("no_such_module:f", "there is no module no_such_module on the path"),
+        ("no_such_package.module:f", "there is no module no_such_package on the path"),
+        (":f", "rewards: ':f' is unknown"),
+        ("reward:", "rewards: 'reward:' is unknown"),
         ("reward:no_such_function", "reward has no no_such_function"),
         ("reward:TAGS", "is no function"),
     ],

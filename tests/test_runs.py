@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import yaml
+from accelerate.utils import set_seed
 from conftest import ROOT, make_model
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -168,8 +169,29 @@ def test_step_without_any_gradient_is_a_no_op(tmp_path):
     assert all(math.isfinite(value) for points in curves.values() for _, value in points)
     assert [value for _, value in curves["completion/truncated"]] == [1, 1]
     assert [value for _, value in curves["optim/loss"]] == [0, 0]
-    weights = load_file(folder / "model" / "adapter_model.safetensors")
-    assert all((w == 0).all() for name, w in weights.items() if "lora_B" in name)
+    set_seed(0)
+    fresh = grpo_train.make_policy(load_model(TINY, "float32", "cpu"), grpo_train.LoRA(rank=4), False)
+    fresh = {name.replace(".default", ""): parameter for name, parameter in fresh.named_parameters()}
+    for name, weight in load_file(folder / "model" / "adapter_model.safetensors").items():
+        assert torch.equal(weight, fresh[name]), name
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_mask_truncated_takes_cut_rows_and_no_others_out_of_the_loss(tmp_path, monkeypatch, masked):
+    seen = []
+    honest = grpo_train.make_micro_batches
+
+    def spy(prompts, completions, advantages, weights, *rest):
+        seen.append((completions.truncated, weights, completions.mask.sum(1)))
+        return honest(prompts, completions, advantages, weights, *rest)
+
+    monkeypatch.setattr(grpo_train, "make_micro_batches", spy)
+    train(tmp_path, "run", "max_new_tokens=20", f"mask_truncated={masked}", "kl_weight=0.1")
+    for truncated, weights, lengths in seen:
+        assert truncated.any() and not truncated.all()
+        counted = ~truncated if masked else torch.ones_like(truncated)
+        assert torch.equal(weights > 0, counted)
+        assert float((weights * lengths).sum()) == pytest.approx(1.0)
 
 
 def test_non_finite_gradient_skips_the_step_and_is_counted(tmp_path, monkeypatch):
@@ -234,25 +256,36 @@ def test_two_processes_take_the_step_of_one_with_hugging_face_datasets_installed
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["group_size=1"], "error: grpo_config.yml: group_size: 1, expected at least 2: a group of one has no spread"),
-        (["learning_rate=fast"], "error: grpo_config.yml: learning_rate: 'fast', expected a number"),
+        (["group_size=1"], "error: command line: group_size: 1, expected at least 2: a group of one has no spread"),
+        (["learning_rate=fast"], "error: command line: learning_rate: 'fast', expected a number"),
         (["--config", "nowhere.yml"], "error: nowhere.yml: [Errno 2] No such file or directory: 'nowhere.yml'"),
         (["dataset=math"], "error: dataset: 'math', expected one of math_expr, gsm8k, or a path that ends in .jsonl"),
         (["rewards={speed: 1}"], "error: rewards: 'speed' is unknown, expected one of accuracy, format, or my_module"),
         (
             ["model=nowhere/at_all"],
-            "error: model: 'nowhere/at_all': there is no such folder here, and the Hugging Face",
+            "error: model: 'nowhere/at_all': there is no such folder here, and from the Hugging Face hub: ",
         ),
+        (["log_dir=README.md/logs"], "error: log_dir: 'README.md/logs' cannot be made: "),
+        (["max_new_tokens=500"], "error: max_new_tokens: 500 after a prompt of "),
         (["model=tests"], "error: model: 'tests': this folder holds no model: it has no config.json"),
-        (["prompts_per_step=0"], "error: grpo_config.yml: prompts_per_step: 0, expected at least 1"),
+        (["prompts_per_step=0"], "error: command line: prompts_per_step: 0, expected at least 1"),
     ],
 )
 def test_bad_input_ends_with_one_line(arguments, line, tmp_path):
-    done = run_script([*arguments, *([] if "--config" in arguments else [f"log_dir={tmp_path / 'logs'}"])])
+    if not any("log_dir" in argument or "--config" in argument for argument in arguments):
+        arguments = [*arguments, f"log_dir={tmp_path / 'logs'}"]
+    done = run_script(arguments)
     assert done.returncode == 1
     assert line in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
-    assert not (tmp_path / "logs").exists()
+    assert not list(tmp_path.rglob("events*"))
+
+
+def test_run_name_that_exists_is_named_and_nothing_in_it_touched(tmp_path):
+    (tmp_path / "taken").mkdir()
+    done = run_script([f"log_dir={tmp_path}", "run_name=taken"])
+    assert f"error: run_name: {tmp_path}/taken exists already; choose another name or delete it" in done.stderr
+    assert not list((tmp_path / "taken").iterdir())
 
 
 def test_failing_reward_function_shows_its_own_traceback_and_one_line(tmp_path):
@@ -261,6 +294,8 @@ def test_failing_reward_function_shows_its_own_traceback_and_one_line(tmp_path):
     assert done.returncode == 1
     assert done.stderr.rstrip().endswith("error: rewards: my_reward:f raised ZeroDivisionError: division by zero")
     assert "my_reward.py" in done.stderr
+    (folder,) = [path for path in tmp_path.iterdir() if path.is_dir() and path.name[0] == "2"]
+    assert "eval/strict_accuracy" in scalars(folder)  # what was logged before is on disk
 
 
 def test_defect_of_our_own_keeps_its_traceback(tmp_path):
@@ -292,6 +327,14 @@ def test_folder_without_weights_or_with_some_missing_is_named(tmp_path):
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "whole" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="lacks 1 of its weights, model.layers.1.mlp.up_proj.weight for one"):
+        load_model(str(tmp_path / "whole"), "float32", "cpu")
+
+    file = tmp_path / "whole" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])  # cut off
+    with pytest.raises(ValueError, match="this folder holds no complete model"):
+        load_model(str(tmp_path / "whole"), "float32", "cpu")
+    file.write_text("version https://git-lfs.github.com/spec/v1\n")  # a pointer instead of the file
+    with pytest.raises(ValueError, match="this folder holds no complete model"):
         load_model(str(tmp_path / "whole"), "float32", "cpu")
 
 
@@ -356,17 +399,19 @@ def test_wilson_interval_by_published_values():
 
 def test_evaluation_is_greedy_and_counts_strict_and_lenient():
     model, tokenizer = load_model(TINY, "float32", "cpu"), load_tokenizer(TINY)
+    accelerator = make_accelerator("cpu", "float32")
     items = [{"prompt": f"Compute {a}+{b}", "answer": str(a + b)} for a in range(1, 5) for b in range(1, 5)]
-    results = [evaluate(model, tokenizer, items, "", 48, size, make_accelerator("cpu", "float32")) for size in (3, 99)]
+    prompts = encode_prompts(tokenizer, [item["prompt"] for item in items], "")
+    results = [evaluate(model, tokenizer, items, prompts, 48, size, accelerator) for size in (3, 99)]
     assert results[0] == results[1]
     assert 0 < results[0]["strict"] <= results[0]["lenient"] <= 1
     wrong = [{**item, "answer": "1000"} for item in items]
-    result = evaluate(model, tokenizer, wrong, "", 48, 99, make_accelerator("cpu", "float32"))
+    result = evaluate(model, tokenizer, wrong, prompts, 48, 99, accelerator)
     assert result["strict"] == result["lenient"] == 0
 
 
 def test_completions_in_the_log_are_text_and_never_markup(tmp_path):
-    logger = Logger(tmp_path, grpo_train.GRPOConfig(), enabled=True)
+    logger = Logger(tmp_path, grpo_train.GRPOConfig())
     hostile = "<script>alert(1)</script>|\n<think>"
     logger.completions("eval/completions", [{"prompt": "<b>", "answer": "7"}], [hostile], 0)
     logger.close()

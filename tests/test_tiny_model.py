@@ -53,6 +53,10 @@ def test_tokenizer_is_the_one_that_pretrain_builds(pretrain):
     assert built.chat_template == shipped.chat_template
 
 
+def test_base_model_was_trained_on_the_system_prompt_of_the_config(pretrain):
+    assert pretrain.SYSTEM_PROMPT == GRPOConfig().system_prompt
+
+
 def test_corpus_solutions_are_right_when_worked_and_wrong_when_sloppy(pretrain):
     rng = random.Random(0)
     difficulty = MathExprDataset("train", size=1)
