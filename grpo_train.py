@@ -22,7 +22,7 @@ Where this departs from the paper:
     python grpo_train.py
     python grpo_train.py --config recipes/grpo_gsm8k_qwen2.5-1.5b.yml
     python grpo_train.py learning_rate=2e-5 group_size=16 lora.rank=32
-    accelerate launch --num_processes 2 grpo_train.py
+    accelerate launch --num_processes 2 grpo_train.py      (on a CPU: torchrun --nproc_per_node 2 grpo_train.py)
 
 Letters in shapes: P prompts, G completions per prompt, B = P * G rows, b rows of a micro-batch, T tokens.
 """
