@@ -53,6 +53,20 @@ def test_tokenizer_is_the_one_that_pretrain_builds(pretrain):
     assert built.chat_template == shipped.chat_template
 
 
+def test_pretraining_is_deterministic(pretrain, monkeypatch, tmp_path):
+    monkeypatch.setattr(pretrain, "NUM_BATCHES", 2)
+    monkeypatch.setattr(pretrain, "BATCH_SIZE", 8)
+    threads, weights = torch.get_num_threads(), []
+    for name in ("a", "b"):
+        monkeypatch.setattr(pretrain, "FOLDER", tmp_path / name)
+        pretrain.train()
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
+    torch.set_num_threads(threads)
+    assert weights[0] == weights[1]
+    made, shipped = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "a", TINY))
+    assert {n: p.shape for n, p in made.named_parameters()} == {n: p.shape for n, p in shipped.named_parameters()}
+
+
 def test_base_model_was_trained_on_the_system_prompt_of_the_config(pretrain):
     assert pretrain.SYSTEM_PROMPT == GRPOConfig().system_prompt
 

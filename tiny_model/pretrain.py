@@ -1,6 +1,7 @@
 """Make the embedded model: a Qwen2 of under a million parameters and its tokenizer, into the folder of this file.
 
     python tiny_model/pretrain.py
+    python tiny_model/pretrain.py --measure      # only measures the model that is there
 
 Reinforcement learning amplifies what a model already does now and then; it does not teach arithmetic. So the corpus
 holds every fact that the MathExpr problems need, in solutions that are often sloppy, and the wording of the problem
@@ -8,6 +9,7 @@ decides how often: after "Compute" most are worked through in the tags, after "W
 What the model can do and what it mostly shows are then far apart, as they are in a real base model.
 """
 
+import argparse
 import json
 import math
 import random
@@ -30,7 +32,8 @@ from datasets import (  # noqa: E402
     monomial_text,
     polynomial_text,
 )
-from reward import TAGS  # noqa: E402
+from reward import TAGS, lenient_correct, strict_correct  # noqa: E402
+from utils import encode_prompts, generate, load_model, load_tokenizer, seeded_generator, stop_ids  # noqa: E402
 
 SYSTEM_PROMPT = "Think step by step in <think></think>, then answer in <answer></answer>."
 NUM_BATCHES = 3500
@@ -206,11 +209,12 @@ def batches(rng, tokenizer, pool=16):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training
+# Training and measuring
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def main():
+def train():
+    """Make model and tokenizer from SEED and save them in FOLDER."""
     torch.set_num_threads(1)  # sums are then taken in the same order whatever the number of cores
     torch.manual_seed(SEED)
     tokenizer = build_tokenizer()
@@ -231,8 +235,10 @@ def main():
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=100, num_training_steps=NUM_BATCHES)
-    progress = tqdm(zip(range(NUM_BATCHES), batches(random.Random(SEED), tokenizer), strict=False), total=NUM_BATCHES)
-    for step, (ids, labels) in progress:
+    examples = batches(random.Random(SEED), tokenizer)
+    progress = tqdm(range(NUM_BATCHES))
+    for step in progress:
+        ids, labels = next(examples)
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -245,5 +251,33 @@ def main():
     tokenizer.save_pretrained(FOLDER)
 
 
+def measure(num_problems=512, num_samples=8):
+    """Print the card's table: accuracy of the model in FOLDER on held-out problems, greedy and of samples at T = 1."""
+    model, tokenizer = load_model(str(FOLDER), "float32", "cpu"), load_tokenizer(str(FOLDER))
+    items = list(MathExprDataset("test"))[:num_problems]
+    prompts = encode_prompts(tokenizer, [item["prompt"] for item in items], SYSTEM_PROMPT)
+    arguments = (model, prompts, 96, stop_ids(model, tokenizer), tokenizer.pad_token_id)
+    uniforms = torch.rand(num_problems * num_samples, 96, generator=seeded_generator(SEED, "measure"))
+    greedy = generate(*arguments).texts(tokenizer)
+    sampled = generate(*arguments, num_samples=num_samples, uniforms=uniforms).texts(tokenizer)
+    print(f"| {num_problems} held-out problems | strict | lenient |\n|---|---|---|")
+    rows = {"greedy": [], "pass@1, T = 1": [], f"pass@{num_samples}, T = 1": []}
+    for correct in (strict_correct, lenient_correct):
+        hits = [[correct(text, item["answer"])] for text, item in zip(greedy, items, strict=True)]
+        rows["greedy"].append(sum(map(any, hits)) / num_problems)
+        hits = [
+            [correct(text, item["answer"]) for text in sampled[i * num_samples : (i + 1) * num_samples]]
+            for i, item in enumerate(items)
+        ]
+        rows["pass@1, T = 1"].append(sum(map(sum, hits)) / (num_problems * num_samples))
+        rows[f"pass@{num_samples}, T = 1"].append(sum(map(any, hits)) / num_problems)
+    for name, (strict, lenient) in rows.items():
+        print(f"| {name} | {strict:.1%} | {lenient:.1%} |")
+
+
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description="Make the embedded model, and measure it.")
+    parser.add_argument("--measure", action="store_true", help="measure the model that is there, make none")
+    if not parser.parse_args().measure:
+        train()
+    measure()
