@@ -145,10 +145,14 @@ def test_each_way_of_training_runs_and_logs_finite_numbers(tmp_path, capsys, ove
         assert curves["policy/sampler_gap_max"][0][1] < 1e-3
     if "lora=null" in overrides:
         loaded = AutoModelForCausalLM.from_pretrained(folder / "model")
+        assert loaded.dtype == torch.float32
         assert any(
             not torch.equal(a, b)
             for a, b in zip(loaded.parameters(), AutoModelForCausalLM.from_pretrained(TINY).parameters(), strict=True)
         )
+    if "lora=null" not in overrides:
+        weights = load_file(folder / "model" / "adapter_model.safetensors").values()
+        assert {weight.dtype for weight in weights} == {torch.float32}  # in bf16 most updates would round away
     assert ("ratios are biased" in capsys.readouterr().out) == ("top_p=0.9" in overrides)
 
 
