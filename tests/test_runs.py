@@ -293,13 +293,18 @@ def test_run_name_that_exists_is_named_and_nothing_in_it_touched(tmp_path):
 
 
 def test_failing_reward_function_shows_its_own_traceback_and_one_line(tmp_path):
-    (tmp_path / "my_reward.py").write_text("def f(completions, **columns):\n    return [1 / 0 for _ in completions]\n")
+    (tmp_path / "my_reward.py").write_text(
+        "calls = []\n"
+        "def f(completions, **columns):\n"
+        "    calls.append(1)\n"
+        "    return [1 / (2 - len(calls)) for _ in completions]\n"
+    )
     done = run_script([*SMALL, f"log_dir={tmp_path}", "rewards={'my_reward:f': 1.0}"], path=[tmp_path])
     assert done.returncode == 1
     assert done.stderr.rstrip().endswith("error: rewards: my_reward:f raised ZeroDivisionError: division by zero")
     assert "my_reward.py" in done.stderr
     (folder,) = [path for path in tmp_path.iterdir() if path.is_dir() and path.name[0] == "2"]
-    assert "eval/strict_accuracy" in scalars(folder)  # what was logged before is on disk
+    assert [step for step, _ in scalars(folder)["progress/seconds"]] == [1]  # what was logged before is on disk
 
 
 def test_defect_of_our_own_keeps_its_traceback(tmp_path):
@@ -404,14 +409,22 @@ def test_wilson_interval_by_published_values():
 def test_evaluation_is_greedy_and_counts_strict_and_lenient():
     model, tokenizer = load_model(TINY, "float32", "cpu"), load_tokenizer(TINY)
     accelerator = make_accelerator("cpu", "float32")
-    items = [{"prompt": f"Compute {a}+{b}", "answer": str(a + b)} for a in range(1, 5) for b in range(1, 5)]
+    wordings = ("Compute", "Evaluate", "Multiply out")  # the last two mostly without tags
+    items = [{"prompt": f"{w} {a}+4", "answer": str(a + 4)} for w in wordings for a in range(1, 7)]
     prompts = encode_prompts(tokenizer, [item["prompt"] for item in items], "")
     results = [evaluate(model, tokenizer, items, prompts, 48, size, accelerator) for size in (3, 99)]
     assert results[0] == results[1]
-    assert 0 < results[0]["strict"] <= results[0]["lenient"] <= 1
+    assert 0 < results[0]["strict"] < results[0]["lenient"] <= 1
     wrong = [{**item, "answer": "1000"} for item in items]
     result = evaluate(model, tokenizer, wrong, prompts, 48, 99, accelerator)
     assert result["strict"] == result["lenient"] == 0
+
+
+def test_scalars_are_on_disk_once_logged(tmp_path):
+    logger = Logger(tmp_path, grpo_train.GRPOConfig())
+    logger.scalars({"reward/mean": 0.5}, 1)
+    assert scalars(tmp_path) == {"reward/mean": [(1, 0.5)]}  # before any close
+    logger.close()
 
 
 def test_completions_in_the_log_are_text_and_never_markup(tmp_path):
