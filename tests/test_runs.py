@@ -420,11 +420,15 @@ def test_evaluation_is_greedy_and_counts_strict_and_lenient():
     assert result["strict"] == result["lenient"] == 0
 
 
-def test_scalars_are_on_disk_once_logged(tmp_path):
-    logger = Logger(tmp_path, grpo_train.GRPOConfig())
-    logger.scalars({"reward/mean": 0.5}, 1)
-    assert scalars(tmp_path) == {"reward/mean": [(1, 0.5)]}  # before any close
-    logger.close()
+def test_scalars_are_on_disk_once_logged_however_the_run_ends(tmp_path):
+    (tmp_path / "x.py").write_text(
+        "import os, grpo_train, utils\n"
+        f"logger = utils.Logger({str(tmp_path / 'run')!r}, grpo_train.GRPOConfig())\n"
+        "logger.scalars({f'reward/{i}': 0.5 for i in range(20)}, 1)\n"
+        "os._exit(9)\n"  # as if killed
+    )
+    subprocess.run([sys.executable, tmp_path / "x.py"], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    assert scalars(tmp_path / "run") == {f"reward/{i}": [(1, 0.5)] for i in range(20)}
 
 
 def test_completions_in_the_log_are_text_and_never_markup(tmp_path):
