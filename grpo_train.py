@@ -327,11 +327,13 @@ def make_micro_batches(prompts, completions, advantages, weights, token_budget, 
 
 
 def sum_gradients(parameters, accelerator):
-    """Add up the gradients of all processes, in one message."""
+    """Add up the gradients of all processes, in one message. A process without rows in the loss adds zeros."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     if accelerator.num_processes == 1:
         return
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), reduction="sum")
+    flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters]), reduction="sum")
     for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = grad.view_as(parameter)
 
