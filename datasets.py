@@ -289,6 +289,9 @@ class JSONLDataset(Dataset):
                 # A lone surrogate, which JSON can spell, is no text either.
                 if not isinstance(row.get(key), str) or not row[key].encode(errors="ignore").strip():
                     raise ValueError(f'{file}, line {number}: "{key}" is {row.get(key)!r}, expected text')
+            for key in ("prompts", "completions"):  # what reward functions get besides the columns
+                if key in row:
+                    raise ValueError(f'{file}, line {number}: "{key}" cannot be the name of a column')
             if self.items and row.keys() != self.items[0].keys():
                 raise ValueError(f"{file}, line {number}: keys {sorted(row)}, but line 1 has {sorted(self.items[0])}")
             self.items.append(row)

@@ -158,7 +158,10 @@ class GRPOConfig:
         check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
         check(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "more than 0")
         check(
-            self.warmup_steps < self.num_steps, "warmup_steps", self.warmup_steps, f"fewer than {self.num_steps} steps"
+            self.warmup_steps < self.num_steps,
+            "warmup_steps",
+            self.warmup_steps,
+            f"less than num_steps, {self.num_steps}",
         )
         check(0 <= self.seed < 2**32, "seed", self.seed, "at least 0 and less than 2^32")
         check(self.rewards, "rewards", self.rewards, "at least one reward function with its weight")

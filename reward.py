@@ -10,6 +10,7 @@ REWARDS, or name it in the config as `my_module:my_function`.
 
 import importlib
 import math
+import numbers
 import re
 from fractions import Fraction
 
@@ -200,8 +201,8 @@ def score(weights, completions, items):
             got = f"{len(values)} items" if isinstance(values, (list, tuple)) else type(values).__name__
             raise ValueError(f"rewards: {name} returned {got}, expected a list of {len(completions)} numbers")
         for row, text, value in zip(scores, completions, values, strict=True):
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
+            if not isinstance(value, numbers.Real) or not math.isfinite(value):
                 raise ValueError(f"rewards: {name} returned {value!r}, no finite number, for {text[:80]!r}")
             row[f"reward/{name}"] = float(value)
-            row["reward"] += weight * value
+            row["reward"] += weight * float(value)
     return scores

@@ -82,7 +82,7 @@ BAD = [
     ("lora.rank=0", "lora.rank: 0, expected at least 1"),
     ("lora.target_modules=q_proj", "lora.target_modules: 'q_proj', expected a list"),
     ("lora=16", "lora: 16, expected a mapping"),
-    ("warmup_steps=60", "warmup_steps: 60, expected fewer than 60 steps"),
+    ("warmup_steps=60", "warmup_steps: 60, expected less than num_steps, 60"),
     ("clip_low=1.0", "clip_low: 1.0, expected between 0 and 1"),
     ("num_steps=0", "num_steps: 0, expected at least 1"),
 ]
