@@ -27,7 +27,6 @@ Where this departs from the paper:
 Letters in shapes: P prompts, G completions per prompt, B = P * G rows, b rows of a micro-batch, T tokens.
 """
 
-import argparse
 import contextlib
 import copy
 import dataclasses
@@ -36,13 +35,11 @@ import time
 from typing import Literal
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from datasets import load_dataset
-from reward import find_reward, score
 from utils import (
     Logger,
     PhaseTimer,
@@ -54,17 +51,19 @@ from utils import (
     draw_indices,
     encode_prompts,
     evaluate,
+    gather_scores,
     generate,
     inner_model,
-    load_config,
     load_model,
+    load_problems,
     load_tokenizer,
     make_accelerator,
-    new_run_folder,
-    one_line_errors,
     print_summary,
+    run_folder,
+    run_from_command_line,
     save_model,
     schedule_factor,
+    score_completions,
     seeded_generator,
     stop_ids,
 )
@@ -411,18 +410,13 @@ def summarize_tokens(values, accelerator):
 def main(config):
     start = time.perf_counter()
     # Set-up: everything that can be wrong with the input is found before the model is loaded.
-    for name in config.rewards:
-        find_reward(name)
-    train_set = load_dataset(config.dataset, "train", config.dataset_args)
-    test_set = load_dataset(config.dataset, "test", config.dataset_args)
-    test_items = [test_set[i] for i in range(min(config.eval_size, len(test_set)))]
     accelerator = make_accelerator(config.device, config.dtype)
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    train_set, test_items = load_problems(config, world)
     P, G = config.prompts_per_step, config.group_size
     check(P >= world, "prompts_per_step", P, f"at least {world}, one for each process")
-    check(len(test_items) >= world, "eval_size", len(test_items), f"at least {world} problems, one for each process")
     is_main = accelerator.is_main_process
-    folder = new_run_folder(config.log_dir, config.run_name) if is_main else None
+    folder = run_folder(config.log_dir, config.run_name) if is_main else None
 
     set_seed(config.seed)  # before the adapter is made: its initial weights follow from the seed, on every process
     # Trained weights are fp32, whatever the rest is computed in: bf16 would round most updates away.
@@ -458,19 +452,10 @@ def main(config):
     history, num_skipped, training_seconds, num_tokens = [], 0, 0.0, 0
 
     def evaluate_policy(step):
-        phase = PhaseTimer(progress)
-        with phase("evaluate"):
-            result = evaluate(
-                model,
-                tokenizer,
-                test_items,
-                test_prompts,
-                config.max_new_tokens,
-                config.generation_batch_size,
-                accelerator,
-            )
+        progress.set_description("evaluate")
+        rows = config.generation_batch_size
+        result = evaluate(model, tokenizer, test_items, test_prompts, config.max_new_tokens, rows, accelerator)
         logger.evaluation(result, step)
-        logger.scalars({"time/evaluate": phase.seconds["evaluate"]}, step)
         if is_main:
             progress.write(f"step {step:4d}  held-out: strict {result['strict']:.1%}, lenient {result['lenient']:.1%}")
         history.append(result)
@@ -506,12 +491,7 @@ def main(config):
         # 2. Score them. From here on every process knows the scores of all B = P * G rows.
         with phase("reward"):
             row_items = [train_set[i] for i in indices for _ in range(G)]
-            scores = score(config.rewards, completions.texts(tokenizer), row_items)
-            lengths, truncated = completions.mask.sum(1).tolist(), completions.truncated.tolist()
-            for row, row_length, row_truncated in zip(scores, lengths, truncated, strict=True):
-                row["length"], row["truncated"] = float(row_length), float(row_truncated)
-            scores = gather_object(scores)
-            scores = {name: torch.tensor([row[name] for row in scores], device=device) for name in scores[0]}
+            scores = gather_scores(score_completions(config.rewards, completions, tokenizer, row_items), device)
 
         # 3. Advantages within each group, and what every row weighs in the loss.
         rewards = scores["reward"].view(P, G)
@@ -608,9 +588,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Fine-tune a language model with GRPO.")
-    parser.add_argument("--config", default="grpo_config.yml", help="YAML file that sets every key (%(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys to set otherwise, e.g. lora.rank=32")
-    arguments = parser.parse_args()
-    with one_line_errors():
-        main(load_config(GRPOConfig, arguments.config, arguments.overrides))
+    run_from_command_line(main, GRPOConfig, "grpo_config.yml", example="lora.rank=32")

@@ -1,10 +1,12 @@
 """What both training scripts call, in the order in which a run meets it.
 
-config, set-up (seeds, model, tokenizer), prompts, generation, log-probs, evaluation, logging, saving
+config and command line, set-up (seeds, model, tokenizer), problems and prompts, generation, log-probs, scores and
+evaluation, logging, saving
 
 Letters in shapes: P prompts, G completions per prompt, B = P * G rows, T tokens, V vocabulary, D hidden size.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -26,6 +28,7 @@ import torch
 import transformers
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
@@ -35,14 +38,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import is_flash_attn_2_available
 
-from reward import lenient_correct, strict_correct
+from datasets import load_dataset
+from reward import find_reward, lenient_correct, score, strict_correct
 
 # What libraries say for themselves and not to the user: weight-loading bars, the renaming of a method that PEFT calls.
 transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Config: a dataclass is the list of keys, types and defaults; a YAML file sets every one of them
+# Config and command line: a dataclass is the list of keys, types and defaults; a YAML file sets every one of them
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -88,6 +92,16 @@ def load_config(config_class, path, overrides=()):
     except ValueError as error:
         set_there = any(str(error).startswith(override.partition("=")[0]) for override in overrides)
         raise ValueError(f"{'command line' if set_there else path}: {error}") from None
+
+
+def run_from_command_line(main, config_class, default_path, example):
+    """`main(config)` with the config of the command line; wrong input ends it with one line."""
+    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__.splitlines()[0])
+    parser.add_argument("--config", default=default_path, help="YAML file that sets every key (%(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"keys to set otherwise, e.g. {example}")
+    arguments = parser.parse_args()
+    with one_line_errors():
+        main(load_config(config_class, arguments.config, arguments.overrides))
 
 
 def check(condition, key, value, expected):
@@ -167,14 +181,14 @@ def one_line_errors():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def seeded_generator(seed, stream, *indices):
-    """A CPU generator that follows from its arguments alone, so that a run's random numbers need no stored state.
+def seeded_generator(seed, stream, *indices, device="cpu"):
+    """A generator that follows from its arguments alone, so that a run's random numbers need no stored state.
 
     stream: what the numbers are for, a word; indices: which of them, whole numbers such as the step
     """
     keys = [seed, zlib.crc32(stream.encode()), len(indices), *indices]  # the length, as trailing zeros add no entropy
     state = np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))  # 63 bits: torch takes a signed number
+    return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))  # 63 bits: torch takes a signed number
 
 
 def make_accelerator(device, dtype):
@@ -254,8 +268,20 @@ def stop_ids(model, tokenizer):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Prompts
+# Problems and prompts
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_problems(config, num_processes):
+    """The training set, and the held-out items to evaluate on. ValueError also for a reward that there is not."""
+    for name in config.rewards:
+        find_reward(name)
+    train_set = load_dataset(config.dataset, "train", config.dataset_args)
+    test_set = load_dataset(config.dataset, "test", config.dataset_args)
+    test_items = [test_set[i] for i in range(min(config.eval_size, len(test_set)))]
+    enough = len(test_items) >= num_processes
+    check(enough, "eval_size", len(test_items), f"at least {num_processes} problems, one for each process")
+    return train_set, test_items
 
 
 def encode_prompts(tokenizer, prompts, system_prompt):
@@ -390,6 +416,7 @@ def generate(
     top_p=1.0,
     batch_size=256,
     drop_share=0.25,
+    on_rows=None,
 ):
     """Complete prompts: `num_samples` completions each, sampled with `uniforms`, or greedily without.
 
@@ -398,6 +425,8 @@ def generate(
         its numbers, whichever rows it shares a batch with
     batch_size: completions decoded at once (at least one prompt's)
     drop_share: finished rows leave the batch once they are this share of it
+    on_rows: called with the index of the prompt that each row of the batch belongs to, (rows,), at first and whenever
+        rows have left; so that forward hooks can tell rows apart
     The distribution sampled is softmax(logits / temperature), nothing else: the model's generation_config is not
     consulted but for its end tokens, which the caller passes as `stop_ids`. Returns Completions, on the model's device.
     """
@@ -410,13 +439,19 @@ def generate(
         ids = prompts[first : first + chunk]
         rows = slice(first * num_samples, (first + len(ids)) * num_samples)
         noise = None if uniforms is None else uniforms[rows].to(device)
-        parts.append(
-            _decode(model, ids, max_new_tokens, stop_ids, pad_id, num_samples, noise, temperature, top_p, drop_share)
-        )
+
+        def tell_rows(prompt_indices, first=first):
+            if on_rows is not None:
+                on_rows(first + prompt_indices)
+
+        settings = (max_new_tokens, stop_ids, pad_id, num_samples, noise, temperature, top_p, drop_share)
+        parts.append(_decode(model, ids, *settings, tell_rows))
     return Completions(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def _decode(model, prompts, max_new_tokens, stop_ids, pad_id, num_samples, uniforms, temperature, top_p, drop_share):
+def _decode(
+    model, prompts, max_new_tokens, stop_ids, pad_id, num_samples, uniforms, temperature, top_p, drop_share, tell_rows
+):
     """The decode loop behind `generate`, for one batch. Returns the fields of Completions."""
     device = model.device
     config = inner_model(model).config
@@ -433,6 +468,7 @@ def _decode(model, prompts, max_new_tokens, stop_ids, pad_id, num_samples, unifo
     cache = DynamicCache(config=config)
     cache.layers = [PreallocatedLayer(max_new_tokens) if type(x) is DynamicLayer else x for x in cache.layers]
     positions = (attention_mask[:, :longest].cumsum(-1) - 1).clamp(min=0)
+    tell_rows(torch.arange(P, device=device))
     logits = model(
         input_ids=ids,
         attention_mask=attention_mask[:, :longest],
@@ -446,6 +482,8 @@ def _decode(model, prompts, max_new_tokens, stop_ids, pad_id, num_samples, unifo
     logits, position, attention_mask = (
         x.repeat_interleave(num_samples, 0) for x in (logits, positions[:, -1:], attention_mask)
     )
+    if num_samples > 1:
+        tell_rows(torch.arange(P, device=device).repeat_interleave(num_samples))
 
     tokens = torch.full((B, max_new_tokens), pad_id, device=device)
     mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
@@ -468,6 +506,7 @@ def _decode(model, prompts, max_new_tokens, stop_ids, pad_id, num_samples, unifo
             keep = (~finished[rows]).nonzero()[:, 0]
             cache.batch_select_indices(keep)
             rows, token, position, attention_mask = (x[keep] for x in (rows, token, position, attention_mask))
+            tell_rows(rows // num_samples)
         position = position + 1
         logits = model(
             input_ids=token[:, None],
@@ -531,8 +570,26 @@ def check_chunked_head(model):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluation
+# Scores and evaluation
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def score_completions(rewards, completions, tokenizer, items):
+    """What `reward.score` says of each completion, and its "length" in tokens and whether it was "truncated" (0, 1).
+
+    rewards: {name: weight}; completions: Completions of B rows; items: B dataset items. Returns B dicts of numbers.
+    """
+    rows = score(rewards, completions.texts(tokenizer), items)
+    lengths, truncated = completions.mask.sum(1).tolist(), completions.truncated.tolist()
+    for row, row_length, row_truncated in zip(rows, lengths, truncated, strict=True):
+        row["length"], row["truncated"] = float(row_length), float(row_truncated)
+    return rows
+
+
+def gather_scores(rows, device):
+    """{name: (B,) fp32} of the rows of all processes, in the order of the processes. rows: dicts of this one."""
+    rows = gather_object(rows)
+    return {name: torch.tensor([row[name] for row in rows], device=device) for name in rows[0]}
 
 
 def wilson_interval(successes, trials):
@@ -547,9 +604,10 @@ def evaluate(model, tokenizer, items, prompts, max_new_tokens, batch_size, accel
     """Greedy accuracy over all items, shared among the processes.
 
     items: dataset items, at least one a process; prompts: their token ids
-    Returns strict and lenient accuracy in [0, 1], the mean length in tokens, the truncated share, and the items of this
-    process with their completions.
+    Returns strict and lenient accuracy in [0, 1], the mean length in tokens, the truncated share, the items of this
+    process with their completions, and the seconds that it took.
     """
+    start = time.perf_counter()
     share = slice(accelerator.process_index, None, accelerator.num_processes)
     items_here, prompts_here = items[share], prompts[share]
     with accelerator.autocast():
@@ -581,6 +639,7 @@ def evaluate(model, tokenizer, items, prompts, max_new_tokens, batch_size, accel
         "truncated": truncated,
         "items": items_here,
         "texts": texts,
+        "seconds": time.perf_counter() - start,
     }
 
 
@@ -605,11 +664,14 @@ def print_summary(before, after, num_items, training_seconds, total_seconds):
 class Logger:
     """TensorBoard scalars, texts and hyperparameters of one run, in one folder."""
 
-    def __init__(self, folder, config):
-        """folder: where to write, made if need be; None writes nothing."""
+    def __init__(self, folder, config, first_step=0):
+        """folder: where to write, made if need be; None writes nothing.
+
+        first_step: what was logged there earlier for this step and later ones is void
+        """
         self.writer = None
         if folder is not None:
-            self.writer = SummaryWriter(str(folder))
+            self.writer = SummaryWriter(str(folder), purge_step=first_step or None)
             text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
             (Path(folder) / "config.yml").write_text(text, encoding="utf-8")
             self.text("config", f"<pre>{html.escape(text)}</pre>", 0)
@@ -644,6 +706,7 @@ class Logger:
                 "eval/lenient_accuracy": result["lenient"],
                 "eval/length": result["length"],
                 "eval/truncated": result["truncated"],
+                "time/evaluate": result["seconds"],
             },
             step,
         )
@@ -689,10 +752,17 @@ class PhaseTimer:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-def new_run_folder(log_dir, run_name):
-    """`log_dir/run_name`, which is not there yet; the name is the time if there is none. ValueError if it cannot be."""
+def run_folder(log_dir, run_name, resume="never", marker=None):
+    """Where a run is kept: `log_dir/run_name`, or for `resume: PATH` that folder. ValueError if it cannot be.
+
+    Without a run_name, the time is its name. resume: "never" takes no folder that is there already, "auto" and a path
+    take one that holds the file `marker`, which says how to go on.
+    """
+    if resume not in ("never", "auto"):
+        check((Path(resume) / marker).is_file(), "resume", resume, f"auto, never, or a run's folder with its {marker}")
+        return Path(resume)
     folder = Path(log_dir) / (run_name or time.strftime("%Y-%m-%d_%H-%M-%S"))
-    if folder.exists():
+    if folder.exists() and not (resume == "auto" and (folder / marker).is_file()):
         raise ValueError(f"run_name: {folder} exists already; choose another name or delete it")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,626 @@
+"""ES: evolution strategies on all parameters of a language model, with verifiable rewards. Forward passes only.
+
+Qiu et al. 2025, "Evolution Strategies at Scale", arXiv:2509.24372, algorithm 2, after Salimans et al. 2017,
+arXiv:1703.03864. In every iteration, perturb the weights theta in N ways. Each member of this population answers the
+same prompts greedily; its mean reward R_n says how good its noise was:
+
+    R_n   = mean reward of the model with weights theta + noise_scale * noise_n       noise_n ~ N(0, 1)
+    z_n   = (R_n - mean(R)) / std(R)
+    theta = theta + learning_rate / N * sum_n z_n noise_n
+
+`perturbation: gaussian` is the paper's: member after member. `perturbation: low_rank` (Sarkar et al. 2025, "EGGROLL",
+arXiv:2511.16652) makes the noise of a matrix A B^T / sqrt(rank), so that all members decode in one batch: a row of the
+batch passes W once, as every row does, and then A and B of the member that it belongs to.
+
+Where this departs from the papers:
+- theta is kept in fp32, and the model's weights are made from it by rounding, for each member anew. The published code
+  adds noise to bf16 weights in place and subtracts it again, which leaves other weights than it found, and adds updates
+  to bf16 weights, which loses small ones.
+- Each member's noise is one stream of random numbers over all parameters. The published code starts the stream anew at
+  every tensor, so that layers of one shape get the same noise.
+- Members whose rewards are all equal change nothing, exactly.
+- `antithetic` (Salimans et al.) pairs each noise with its negative; prompts are drawn anew in every iteration.
+- What is perturbed in both modes: linear weights, embeddings (a tied head with them, once), biases, norm weights.
+
+    python es_train.py
+    python es_train.py --config recipes/es_gsm8k_qwen2.5-1.5b.yml
+    python es_train.py perturbation=gaussian noise_scale=1e-3
+    accelerate launch --num_processes 2 es_train.py      (on a CPU: torchrun --nproc_per_node 2 es_train.py)
+
+Letters in shapes: N members, M of them in a batch, K noises (N, or N / 2 in antithetic pairs), P prompts, r rank.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import time
+import zlib
+from typing import Literal
+
+import torch
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel
+from torch import nn
+from tqdm import tqdm
+
+from utils import (
+    Logger,
+    PhaseTimer,
+    check,
+    check_prompt_lengths,
+    completion_metrics,
+    draw_indices,
+    encode_prompts,
+    evaluate,
+    gather_scores,
+    generate,
+    load_model,
+    load_problems,
+    load_tokenizer,
+    make_accelerator,
+    print_summary,
+    run_folder,
+    run_from_command_line,
+    save_model,
+    schedule_factor,
+    score_completions,
+    seeded_generator,
+    stop_ids,
+)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config: what each key means stands in es_config.yml
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class ESConfig:
+    # Model
+    model: str = "tiny_model"
+    cache_dir: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    # Task
+    dataset: str = "math_expr"
+    dataset_args: dict = dataclasses.field(default_factory=dict)
+    system_prompt: str = "Think step by step in <think></think>, then answer in <answer></answer>."
+    rewards: dict[str, float] = dataclasses.field(default_factory=lambda: {"accuracy": 1.0, "format": 0.1})
+    # Population
+    num_iterations: int = 60
+    prompts_per_iteration: int = 16
+    population_size: int = 32
+    max_new_tokens: int = 96
+    perturbation: Literal["low_rank", "gaussian"] = "low_rank"
+    rank: int = 1
+    antithetic: bool = False
+    noise_scale: float = 0.01
+    noise_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    # Update
+    learning_rate: float = 4e-3
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    # Memory and speed
+    population_batch: int = 32
+    # Evaluation, logs, seed
+    eval_size: int = 512
+    eval_every: int = 10
+    log_dir: str = "es_logs"
+    run_name: str | None = None
+    resume: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self):
+        for key, low in {
+            "num_iterations": 1,
+            "prompts_per_iteration": 1,
+            "max_new_tokens": 1,
+            "rank": 1,
+            "population_batch": 1,
+            "eval_size": 1,
+            "eval_every": 1,
+        }.items():
+            check(getattr(self, key) >= low, key, getattr(self, key), f"at least {low}")
+        N = self.population_size
+        check(N >= 2, "population_size", N, "at least 2: a member is good or bad only beside others")
+        check(not (self.antithetic and N % 2), "population_size", N, "an even number, as antithetic members are pairs")
+        check(self.noise_scale > 0, "noise_scale", self.noise_scale, "more than 0")
+        check(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
+        check(0 <= self.seed < 2**32, "seed", self.seed, "at least 0 and less than 2^32")
+        check(self.rewards, "rewards", self.rewards, "at least one reward function with its weight")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The maths
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def z_scores(rewards):
+    """z-scores of the members' mean rewards, (N,), float64. Equal rewards give exactly 0; a NaN is a ValueError.
+
+    Equality is asked of the rewards, not of a standard deviation, whose rounding error an epsilon would blow up.
+    """
+    rewards = rewards.double()
+    if not rewards.isfinite().all():
+        member = int((~rewards.isfinite()).nonzero()[0])
+        raise ValueError(f"rewards: that of member {member} is {float(rewards[member])}, expected a finite number")
+    if rewards.max() == rewards.min():
+        return torch.zeros_like(rewards)
+    return (rewards - rewards.mean()) / rewards.std(correction=0)
+
+
+def noise_of_member(member, antithetic):
+    """Which of the K noises a member has, and its sign."""
+    return (member // 2, 1 - 2 * (member % 2)) if antithetic else (member, 1)
+
+
+def noise_shapes(parameters, perturbation, rank):
+    """What is drawn for each of {name: parameter}: its own shape; for a matrix (out, in) under "low_rank" the rows of
+    A (out, r) and B (in, r), one above the other."""
+    return {
+        name: (sum(p.shape), rank) if perturbation == "low_rank" and p.ndim == 2 else tuple(p.shape)
+        for name, p in parameters.items()
+    }
+
+
+def noise_generators(seed, iteration, noises, device):
+    """The streams that noises (their numbers) are drawn from, parameter after parameter."""
+    return [seeded_generator(seed, "noise", iteration, noise, device=device) for noise in noises]
+
+
+def draw(shape, generator):
+    return torch.randn(shape, generator=generator, device=generator.device)
+
+
+def weighted_noise(weight, shape, generators, coefficients):
+    """sum_k coefficients_k noise_k for one parameter, fp32. generators: K, at this parameter; coefficients: K floats."""
+    if shape == tuple(weight.shape):
+        total = torch.zeros_like(weight)
+        for generator, coefficient in zip(generators, coefficients, strict=True):
+            total.add_(draw(shape, generator), alpha=coefficient)
+        return total
+    factors = torch.stack([draw(shape, generator) for generator in generators])  # (K, out + in, r)
+    A, B = factors.split(list(weight.shape), dim=1)
+    A = A * torch.tensor(coefficients, device=A.device, dtype=A.dtype)[:, None, None]
+    return torch.einsum("kor,kir->oi", A, B) / math.sqrt(shape[1])  # one matrix product over all K * r columns
+
+
+def update_master(master, shapes, generators, z, learning_rate, antithetic):
+    """theta + learning_rate / N * sum_n z_n noise_n, in fp32 and in place. master: {name: tensor}; z: N floats."""
+    coefficients = [0.0] * len(generators)
+    for member, z_n in enumerate(z):
+        noise, sign = noise_of_member(member, antithetic)
+        coefficients[noise] += sign * z_n
+    for name, weight in master.items():
+        total = weighted_noise(weight, shapes[name], generators, coefficients)
+        weight.add_(total, alpha=learning_rate / len(z))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Members
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def write_weights(model, master):
+    """The model's weights as the master's, rounded once."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(master[name])
+
+
+@torch.no_grad()
+def write_member(model, master, noise_scale, generator):
+    """The model's weights as master + noise_scale * noise, rounded once. A shared (tied) parameter is written once."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(master[name] + noise_scale * draw(parameter.shape, generator))
+
+
+def check_low_rank(model, rank):
+    """ValueError if a parameter belongs to a kind of module that Population has no hook for, or if rank is too large."""
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not linears:
+        raise ValueError(f"perturbation: low_rank needs Linear layers, and {type(model).__name__} has none; try gaussian")
+    for path, module in model.named_modules():
+        if list(module.parameters(recurse=False)) and not isinstance(module, (nn.Linear, nn.Embedding)):
+            if not type(module).__name__.endswith("RMSNorm"):
+                kind = type(module).__name__
+                raise ValueError(f"perturbation: low_rank cannot perturb {path}, a {kind}; gaussian can")
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and rank > min(parameter.shape):
+            raise ValueError(f"rank: {rank} is more than {name}, {tuple(parameter.shape)}, can have")
+
+
+def add_product(y, h, A):
+    """y += h A in place, for each of G groups; y: (G, n, out), h: (G, n, r), A: (G, r, out)"""
+    if h.shape[-1] == 1:  # many times faster than a batch of matrix products of length 1
+        y.addcmul_(h, A)
+    else:
+        y.baddbmm_(h, A)
+
+
+class Population:
+    """M members in one batch: inside `with`, a row is computed with the weights of the member that it belongs to.
+
+    Nothing is written to the model's weights. Hooks on its modules add what the noise contributes:
+
+        Linear      (x B) A^T + b                 A B^T: the noise of the weight, b: that of the bias
+        Embedding   A[id] B^T                     a tied head has the same A and B
+        RMSNorm     its weight is exchanged for one a row, and put back
+    """
+
+    def __init__(self, model, shapes, generators, scales, rows_per_member):
+        """shapes: see noise_shapes; generators: M, of the members' noise; scales: (M,) noise scale with member's sign
+
+        Rows come member after member, `rows_per_member` each.
+        """
+        self.model, self.num_members, self.rows_per_member = model, len(generators), rows_per_member
+        self.handles, self.norm_weights = [], {}
+        self.noise = {}  # by parameter, scaled: A^T (M, r, out) and B (M, in, r) of a matrix, (M, d) of a vector
+        for name, parameter in model.named_parameters():
+            noise = torch.stack([draw(shapes[name], generator) for generator in generators])
+            if parameter.ndim == 2:
+                A, B = noise.split(list(parameter.shape), dim=1)
+                A = A * (scales / math.sqrt(shapes[name][1]))[:, None, None]
+                self.noise[parameter] = (
+                    A.transpose(1, 2).to(parameter.dtype).contiguous(),
+                    B.to(parameter.dtype).contiguous(),
+                )
+            else:
+                self.noise[parameter] = (noise * scales[:, None],)
+
+    def __enter__(self):
+        """Returns what `generate` is to call with the rows of its batch."""
+        for module in self.model.modules():
+            if isinstance(module, nn.Linear):
+                self.handles.append(module.register_forward_hook(self._add_to_linear))
+            elif isinstance(module, nn.Embedding):
+                self.handles.append(module.register_forward_hook(self._add_to_embedding))
+            elif list(module.parameters(recurse=False)):
+                self.norm_weights[module] = module.weight
+                self.handles.append(module.register_forward_pre_hook(self._exchange_norm_weight))
+        return self._select
+
+    def __exit__(self, *exception):
+        for handle in self.handles:
+            handle.remove()
+        for module, weight in self.norm_weights.items():
+            module.weight = weight
+
+    def _select(self, rows):
+        self.members = rows // self.rows_per_member  # (R,) the member of each row in the batch
+        self.selected = {}
+
+    def _noise_of_rows(self, parameter, part):
+        """(M, ...) while every member has all its rows, so that they make M blocks; after that (R, ...).
+
+        Gathered when rows leave the batch, not at every step.
+        """
+        noise = self.noise[parameter][part]
+        if len(self.members) == self.num_members * self.rows_per_member:
+            return noise
+        if (parameter, part) not in self.selected:
+            self.selected[parameter, part] = noise[self.members]
+        return self.selected[parameter, part]
+
+    def _add_to_linear(self, module, inputs, output):
+        A, B = (self._noise_of_rows(module.weight, part) for part in (0, 1))
+        x, y = inputs[0].reshape(len(A), -1, inputs[0].shape[-1]), output.view(len(A), -1, output.shape[-1])
+        add_product(y, x @ B, A)
+        if module.bias is not None:
+            y += self._noise_of_rows(module.bias, 0)[:, None]
+
+    def _add_to_embedding(self, module, inputs, output):
+        A, B = self.noise[module.weight][0], self._noise_of_rows(module.weight, 1)  # (M, r, V), (M or R, D, r)
+        rows = A.transpose(1, 2)[self.members[:, None], inputs[0]]  # (R, T, r)
+        y = output.view(len(B), -1, output.shape[-1])
+        add_product(y, rows.view(len(B), -1, rows.shape[-1]), B.transpose(1, 2))
+
+    def _exchange_norm_weight(self, module, inputs):
+        weight = self.norm_weights[module]
+        if module not in self.selected:
+            noise = self.noise[weight][0][self.members]
+            self.selected[module] = (weight + noise).to(weight.dtype)  # (R, d)
+        shape = [len(self.members)] + [1] * (inputs[0].ndim - 2) + [-1]
+        module.weight = nn.Parameter(self.selected[module].view(shape), requires_grad=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Journal
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Keys that a run may be resumed with other values of: they change neither what was learned so far nor how it goes on.
+FREE_KEYS = ("model", "cache_dir", "device", "num_iterations", "population_batch", "eval_every")
+FREE_KEYS += ("log_dir", "run_name", "resume")
+
+
+def fingerprint(master):
+    """Eight hex digits that follow from every bit of the weights."""
+    sums = [int(weight.view(torch.int32).sum(dtype=torch.int64)) for weight in master.values()]
+    return f"{zlib.crc32(json.dumps(sums).encode()):08x}"
+
+
+class Journal:
+    """`journal.jsonl`: what it takes to make a run's weights again, bit for bit, from those that it started from.
+
+    The first line is the header: what the run is. Each further line is a state of the weights: iteration 0, before any
+    update, then one line an iteration, appended when all of the iteration is done, and flushed to disk. So a run that is
+    killed at any moment loses at most the iteration that it was in.
+    """
+
+    def __init__(self, path, header):
+        """Starts the journal, or reads and goes on with what is there; a last line that was cut off is dropped.
+
+        ValueError, naming key or line, if it is the journal of another run than `header` says, or if a line is missing
+        or damaged.
+        """
+        self.states = []
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
+        for number, text in enumerate(lines):
+            try:
+                line = json.loads(text)
+                iteration = line.get("iteration")
+            except (ValueError, AttributeError):
+                raise ValueError(f"resume: {path}, line {number + 1}: damaged: {text[:60]!r}") from None
+            if number == 0:
+                for key in header | line:
+                    ours, theirs = header.get(key), line.get(key)
+                    if ours != theirs:
+                        raise ValueError(f"resume: {path}: {key}: {ours!r}, but that run was started with {theirs!r}")
+            else:
+                if iteration != number - 1:
+                    raise ValueError(f"resume: {path}, line {number + 1}: a line before this one is missing")
+                self.states.append(line)
+        self.file = open(path, "ab")
+        self.file.truncate(sum(map(len, lines)))
+        if not lines:
+            self._write(header)
+
+    def append(self, state):
+        self._write(state)
+        self.states.append(state)
+
+    def _write(self, line):
+        self.file.write(json.dumps(line).encode() + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+
+def journal_header(config, master, device):
+    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE_KEYS}
+    return {"starting weights": fingerprint(master), "kind of device": device.type, **values}
+
+
+def replay(states, master, shapes, config, device):
+    """Apply the updates of a journal's states to the master. ValueError if other weights come out than the run had."""
+    for state in states:
+        if state["iteration"] > 0:
+            noises = config.population_size // 2 if config.antithetic else config.population_size
+            generators = noise_generators(config.seed, state["iteration"] - 1, range(noises), device)
+            update_master(master, shapes, generators, state["z"], state["learning_rate"], config.antithetic)
+        if fingerprint(master) != state["weights"]:
+            raise ValueError(
+                f"resume: iteration {state['iteration']} of the journal does not give the weights that the run had: "
+                "the line was changed, or this machine or these versions compute otherwise"
+            )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def displacement(parameters, master, theta_0):
+    """||theta - theta_0||, and the slope of the model's displacement from theta_0 on the master's: 1 if no update was
+    lost to rounding. Arguments: {name: tensor} each."""
+    products = torch.zeros(2, device=next(iter(master.values())).device, dtype=torch.float64)
+    for name, start in theta_0.items():
+        intended, realised = master[name] - start.float(), parameters[name].float() - start.float()
+        products += torch.stack([intended.square().sum(), (intended * realised).sum()])
+    square, product = products.tolist()
+    return math.sqrt(square), product / square if square > 0 else 1.0
+
+
+def noise_scale_warning(base, rewards, tie_rate):
+    """What is wrong with the noise scale by the members' rewards (N,) beside that of the model as it is, or None."""
+    mean = float(rewards.mean())
+    if base - mean > 0.5 * abs(base):
+        return f"noise_scale is too large: noise takes the mean reward from {base:.3f} to {mean:.3f}, a collapse"
+    if tie_rate > 0.5:
+        return (
+            f"noise_scale is too small, or the reward too rare: {tie_rate:.0%} of all pairs of members have the same "
+            "reward, which says little about their noise"
+        )
+    return None
+
+
+def main(config):
+    start = time.perf_counter()
+    # Set-up: everything that can be wrong with the input is found before the model is loaded.
+    accelerator = make_accelerator(config.device, "float32")  # no autocast: weights are in the dtype to compute in
+    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    train_set, test_items = load_problems(config, world)
+    N, P = config.population_size, config.prompts_per_iteration
+    num_noises = N // 2 if config.antithetic else N
+    members_at_once = config.population_batch if config.perturbation == "low_rank" else 1
+    check(N >= world, "population_size", N, f"at least {world}, one for each process")
+    is_main = accelerator.is_main_process
+    folder = run_folder(config.log_dir, config.run_name, config.resume, "journal.jsonl") if is_main else None
+
+    model = load_model(config.model, config.dtype, device, config.cache_dir)
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
+    model.requires_grad_(False)
+    tokenizer = load_tokenizer(config.model, config.cache_dir)
+    train_prompts, test_prompts = (
+        encode_prompts(tokenizer, [item["prompt"] for item in items], config.system_prompt)
+        for items in (train_set, test_items)
+    )
+    check_prompt_lengths(model, train_prompts + test_prompts, config.max_new_tokens)
+    if config.perturbation == "low_rank":
+        check_low_rank(model, config.rank)
+    parameters = dict(model.named_parameters())  # a tied one once
+    theta_0 = {name: parameter.clone() for name, parameter in parameters.items()}
+    master = {name: parameter.float().clone() for name, parameter in parameters.items()}
+    shapes = noise_shapes(parameters, config.perturbation, config.rank)
+
+    # Go on where the journal ends; every process makes the weights itself.
+    if is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        journal = Journal(folder / "journal.jsonl", journal_header(config, master, device))
+    states = broadcast_object_list([journal.states if is_main else None])[0]
+    check(len(states) <= config.num_iterations + 1, "num_iterations", config.num_iterations, "at least those done")
+    replay(states, master, shapes, config, device)
+    write_weights(model, master)
+    config = dataclasses.replace(config, run_name=folder.name if is_main else None)
+    logger = Logger(folder, config, first_step=len(states))
+    num_total = sum(p.numel() for p in parameters.values())
+    accelerator.print(
+        f"{config.model}: {num_total:,} parameters, all of them trained, on {world} x {device.type}, "
+        f"{config.dtype}, {model.config._attn_implementation} attention\n"
+        f"{config.dataset}: {len(train_set):,} problems, evaluated on {len(test_items):,} held-out ones\n"
+        f"{config.num_iterations} iterations of {N} members x {P} prompts, up to {config.max_new_tokens} tokens each, "
+        f"{config.perturbation} noise -> {folder}"
+    )
+    if states:
+        accelerator.print(f"going on after iteration {states[-1]['iteration']} of {folder / 'journal.jsonl'}")
+
+    answer = functools.partial(
+        generate,
+        model,
+        max_new_tokens=config.max_new_tokens,
+        stop_ids=stop_ids(model, tokenizer),
+        pad_id=tokenizer.pad_token_id,
+    )
+    progress = tqdm(total=config.num_iterations, initial=max(0, len(states) - 1), disable=None if is_main else True)
+    log = progress.write if is_main else lambda text: None
+
+    def evaluate_model(step):
+        progress.set_description("evaluate")
+        rows = config.population_batch * P
+        result = evaluate(model, tokenizer, test_items, test_prompts, config.max_new_tokens, rows, accelerator)
+        logger.evaluation(result, step)
+        log(f"iteration {step:4d}  held-out: strict {result['strict']:.1%}, lenient {result['lenient']:.1%}")
+        return {"strict": result["strict"], "lenient": result["lenient"]}
+
+    def commit(state):
+        """What was done is done: from here on a killed run goes on after this state."""
+        states.append({**state, "weights": fingerprint(master)})
+        if is_main:
+            journal.append(states[-1])
+
+    if not states:
+        commit({"iteration": 0, "seconds": 0.0, "generated_tokens": 0, "evaluation": evaluate_model(0)})
+
+    for iteration in range(len(states) - 1, config.num_iterations):
+        phase = PhaseTimer(progress)
+        iteration_start = time.perf_counter()
+        noise_scale = config.noise_scale * schedule_factor(config.noise_schedule, iteration, config.num_iterations, 0)
+        learning_rate = config.learning_rate * schedule_factor(config.lr_schedule, iteration, config.num_iterations, 0)
+
+        # 1. Draw P prompts, the same for all members.
+        indices = draw_indices(len(train_set), iteration * P, P, config.seed)
+        prompts, items = [train_prompts[i] for i in indices], [train_set[i] for i in indices]
+
+        # 2. Perturb the weights and let every member answer; this process takes its share of the members.
+        rows = []
+        share = range(rank * N // world, (rank + 1) * N // world)
+        for first in range(0, len(share), members_at_once):
+            members = share[first : first + members_at_once]
+            with phase("perturb"):
+                noises, signs = zip(*(noise_of_member(member, config.antithetic) for member in members), strict=True)
+                generators = noise_generators(config.seed, iteration, noises, device)
+                if config.perturbation == "gaussian":
+                    write_member(model, master, noise_scale * signs[0], generators[0])
+                    population = contextlib.nullcontext()
+                else:
+                    scales = noise_scale * torch.tensor(signs, device=device)
+                    population = Population(model, shapes, generators, scales, P)
+            with phase("rollout"), population as on_rows:
+                completions = answer(prompts * len(members), batch_size=len(members) * P, on_rows=on_rows)
+            with phase("reward"):
+                rows += score_completions(config.rewards, completions, tokenizer, items * len(members))
+        scores = gather_scores(rows, device)  # of all N * P rows, member after member
+        rewards = scores["reward"].view(N, P).double().mean(dim=1)  # (N,)
+
+        # 3. How good was each member's noise? And, in the first iteration: is the noise of a sensible size?
+        z = z_scores(rewards)
+        ties = (rewards[:, None] == rewards).double()  # (N, N)
+        tie_rate = float((ties.sum() - N) / (N * (N - 1)))
+        if iteration == 0:
+            with phase("preflight"):
+                write_weights(model, master)
+                completions = answer(prompts, batch_size=P)
+                base = gather_scores(score_completions(config.rewards, completions, tokenizer, items), device)["reward"]
+            logger.scalars({"es/unperturbed_reward": base.mean()}, 1)
+            log(f"mean reward of the model as it is {base.mean():.3f}, of its perturbed members {rewards.mean():.3f}")
+            warning = noise_scale_warning(float(base.mean()), rewards, tie_rate)
+            if warning:
+                log(f"warning: {warning}")
+
+        # 4. Update the fp32 master, and go back to it: by a copy.
+        with phase("update"):
+            generators = noise_generators(config.seed, iteration, range(num_noises), device)
+            update_master(master, shapes, generators, z.tolist(), learning_rate, config.antithetic)
+            write_weights(model, master)
+
+        # 5. Log, evaluate now and then, and write down that the iteration is done.
+        seconds = time.perf_counter() - iteration_start
+        state = {
+            "iteration": iteration + 1,
+            "rewards": rewards.tolist(),
+            "z": z.tolist(),
+            "noise_scale": noise_scale,
+            "learning_rate": learning_rate,
+            "seconds": states[-1]["seconds"] + seconds,
+            "generated_tokens": states[-1]["generated_tokens"] + int(scores["length"].sum()),
+        }
+        distance, slope = displacement(parameters, master, theta_0)
+        metrics = {
+            **completion_metrics(scores),
+            "es/reward_min": rewards.min(),
+            "es/reward_mean": rewards.mean(),
+            "es/reward_max": rewards.max(),
+            "es/reward_std": rewards.std(correction=0),
+            "es/tie_rate": tie_rate,
+            "es/distance": distance,
+            "es/update_slope": slope,
+            "es/noise_scale": noise_scale,
+            "optim/learning_rate": learning_rate,
+            "time/step": seconds,
+            **{f"time/{name}": value for name, value in phase.seconds.items()},
+            "throughput/tokens_per_second": scores["length"].sum() / seconds,
+            "throughput/rollout_tokens_per_second": scores["length"].sum() / phase.seconds["rollout"],
+            "progress/prompts": (iteration + 1) * P,
+            "progress/completions": (iteration + 1) * N * P,
+            "progress/generated_tokens": state["generated_tokens"],
+            "progress/seconds": state["seconds"],
+        }
+        if device.type == "cuda":
+            metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        logger.scalars(metrics, iteration + 1)
+        progress.set_postfix_str(
+            f"reward {metrics['reward/mean']:.3f}, accuracy {metrics['accuracy/strict']:.1%}, "
+            f"{metrics['throughput/tokens_per_second']:.0f} tokens/s"
+        )
+        progress.update()
+        if (iteration + 1) % config.eval_every == 0 or iteration + 1 == config.num_iterations:
+            state["evaluation"] = evaluate_model(iteration + 1)
+        commit(state)
+
+    progress.close()
+    if is_main:
+        save_model(model, tokenizer, folder / "model")
+        before, after = states[0]["evaluation"], states[-1]["evaluation"]
+        logger.hparams({"eval/strict_accuracy": after["strict"], "eval/lenient_accuracy": after["lenient"]})
+        print_summary(before, after, len(test_items), states[-1]["seconds"], time.perf_counter() - start)
+        print(f"TensorBoard: tensorboard --logdir={config.log_dir}\nThe result is {folder / 'model'}; to load it:")
+        print(f'    AutoModelForCausalLM.from_pretrained("{folder / "model"}")')
+    logger.close()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_from_command_line(main, ESConfig, "es_config.yml", example="noise_scale=0.02")
