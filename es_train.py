@@ -99,7 +99,7 @@ class ESConfig:
     noise_scale: float = 0.01
     noise_schedule: Literal["constant", "linear", "cosine"] = "constant"
     # Update
-    learning_rate: float = 4e-3
+    learning_rate: float = 6e-3
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     # Memory and speed
     population_batch: int = 32
@@ -174,7 +174,7 @@ def draw(shape, generator):
 
 
 def weighted_noise(weight, shape, generators, coefficients):
-    """sum_k coefficients_k noise_k for one parameter, fp32. generators: K, at this parameter; coefficients: K floats."""
+    """sum_k coefficients_k noise_k of one parameter, fp32. generators: K, at this parameter; coefficients: K floats."""
     if shape == tuple(weight.shape):
         total = torch.zeros_like(weight)
         for generator, coefficient in zip(generators, coefficients, strict=True):
@@ -217,15 +217,15 @@ def write_member(model, master, noise_scale, generator):
 
 
 def check_low_rank(model, rank):
-    """ValueError if a parameter belongs to a kind of module that Population has no hook for, or if rank is too large."""
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not linears:
-        raise ValueError(f"perturbation: low_rank needs Linear layers, and {type(model).__name__} has none; try gaussian")
+    """ValueError if Population has no hook for a module with parameters, or if a matrix is smaller than the rank."""
+    if not any(isinstance(module, nn.Linear) for module in model.modules()):
+        raise ValueError(
+            f"perturbation: low_rank, but {type(model).__name__} has no Linear layers; gaussian needs none"
+        )
     for path, module in model.named_modules():
-        if list(module.parameters(recurse=False)) and not isinstance(module, (nn.Linear, nn.Embedding)):
-            if not type(module).__name__.endswith("RMSNorm"):
-                kind = type(module).__name__
-                raise ValueError(f"perturbation: low_rank cannot perturb {path}, a {kind}; gaussian can")
+        kind, has_weights = type(module).__name__, any(True for _ in module.parameters(recurse=False))
+        if has_weights and not isinstance(module, (nn.Linear, nn.Embedding)) and not kind.endswith("RMSNorm"):
+            raise ValueError(f"perturbation: low_rank cannot perturb {path}, a {kind}; gaussian can")
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and rank > min(parameter.shape):
             raise ValueError(f"rank: {rank} is more than {name}, {tuple(parameter.shape)}, can have")
@@ -344,8 +344,8 @@ class Journal:
     """`journal.jsonl`: what it takes to make a run's weights again, bit for bit, from those that it started from.
 
     The first line is the header: what the run is. Each further line is a state of the weights: iteration 0, before any
-    update, then one line an iteration, appended when all of the iteration is done, and flushed to disk. So a run that is
-    killed at any moment loses at most the iteration that it was in.
+    update, then one line an iteration, appended when all of the iteration is done, and flushed to disk. So a run that
+    is killed at any moment loses at most the iteration that it was in.
     """
 
     def __init__(self, path, header):
@@ -376,13 +376,9 @@ class Journal:
         self.file = open(path, "ab")
         self.file.truncate(sum(map(len, lines)))
         if not lines:
-            self._write(header)
+            self.append(header)
 
-    def append(self, state):
-        self._write(state)
-        self.states.append(state)
-
-    def _write(self, line):
+    def append(self, line):
         self.file.write(json.dumps(line).encode() + b"\n")
         self.file.flush()
         os.fsync(self.file.fileno())
@@ -471,10 +467,12 @@ def main(config):
         folder.mkdir(parents=True, exist_ok=True)
         journal = Journal(folder / "journal.jsonl", journal_header(config, master, device))
     states = broadcast_object_list([journal.states if is_main else None])[0]
-    check(len(states) <= config.num_iterations + 1, "num_iterations", config.num_iterations, "at least those done")
+    num_done = max(0, len(states) - 1)
+    check(config.num_iterations >= num_done, "num_iterations", config.num_iterations, f"at least the {num_done} done")
     replay(states, master, shapes, config, device)
     write_weights(model, master)
-    config = dataclasses.replace(config, run_name=folder.name if is_main else None)
+    if is_main:  # so that the config in the folder resumes the run
+        config = dataclasses.replace(config, log_dir=str(folder.parent), run_name=folder.name, resume="auto")
     logger = Logger(folder, config, first_step=len(states))
     num_total = sum(p.numel() for p in parameters.values())
     accelerator.print(
@@ -484,8 +482,8 @@ def main(config):
         f"{config.num_iterations} iterations of {N} members x {P} prompts, up to {config.max_new_tokens} tokens each, "
         f"{config.perturbation} noise -> {folder}"
     )
-    if states:
-        accelerator.print(f"going on after iteration {states[-1]['iteration']} of {folder / 'journal.jsonl'}")
+    if num_done:
+        accelerator.print(f"going on after iteration {num_done}")
 
     answer = functools.partial(
         generate,
@@ -494,7 +492,7 @@ def main(config):
         stop_ids=stop_ids(model, tokenizer),
         pad_id=tokenizer.pad_token_id,
     )
-    progress = tqdm(total=config.num_iterations, initial=max(0, len(states) - 1), disable=None if is_main else True)
+    progress = tqdm(total=config.num_iterations, initial=num_done, disable=None if is_main else True)
     log = progress.write if is_main else lambda text: None
 
     def evaluate_model(step):

@@ -14,6 +14,7 @@ import html
 import json
 import math
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -782,4 +783,6 @@ def save_model(model, tokenizer, folder):
     # Of a PEFT model, only the adapter that was trained: a second one may serve as reference.
     model.save_pretrained(partial, **({"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}))
     tokenizer.save_pretrained(partial)
+    if Path(folder).exists():
+        shutil.rmtree(folder)
     os.replace(partial, folder)

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: no test may wait for a network
@@ -6,11 +8,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: no test may wait for a net
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 GSM8K = ROOT.parent / "shared" / "gsm8k"
+TINY = str(ROOT / "tiny_model")
 EOS, PAD, VOCAB = 1, 0, 64
+# --multi_gpu: without it, accelerate starts one process on a CPU, whatever the number asked for.
+TWO_PROCESSES = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+TWO_PROCESSES += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
 
 
 def make_model(seed=0, dtype=torch.float32, family="qwen2", **settings):
@@ -90,3 +97,36 @@ def oracle_generate(model, prompt, uniforms, temperature, stop, max_new_tokens):
         if token in stop:
             break
     return ids[len(prompt) :], log_probs
+
+
+def run_script(arguments, script="grpo_train.py", cwd=ROOT, launcher=(sys.executable,), path=()):
+    """A script as a user runs it, in a process of its own."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, path))
+    return subprocess.run(
+        [*launcher, str(ROOT / script), *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def scalars(folder):
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.fixture
+def hugging_face_datasets(tmp_path):
+    """A folder that, on the path, has Hugging Face `datasets` installed as far as anybody can ask."""
+    site = tmp_path / "site"
+    (site / "datasets").mkdir(parents=True)
+    (site / "datasets" / "__init__.py").write_text("raise ImportError('Hugging Face datasets was imported')\n")
+    (site / "datasets-4.0.0.dist-info").mkdir()
+    (site / "datasets-4.0.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: datasets\nVersion: 4.0.0\n"
+    )
+    return site

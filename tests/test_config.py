@@ -1,5 +1,6 @@
 """Config files: what is accepted, and the one line that everything else gets."""
 
+import ast
 import dataclasses
 import re
 
@@ -7,30 +8,50 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from es_train import ESConfig
 from grpo_train import GRPOConfig, LoRA
 from utils import load_config
 
 DEFAULT = ROOT / "grpo_config.yml"
+CLASSES = {"grpo": GRPOConfig, "es": ESConfig}
+RECIPES = sorted((ROOT / "recipes").glob("*.yml"))
 
 
-def test_yaml_and_dataclass_agree_on_keys_order_and_defaults():
-    values = yaml.safe_load(DEFAULT.read_text())
-    assert list(values) == [field.name for field in dataclasses.fields(GRPOConfig)]
-    assert list(values["lora"]) == [field.name for field in dataclasses.fields(LoRA)]
-    assert load_config(GRPOConfig, DEFAULT) == GRPOConfig()
+@pytest.mark.parametrize("name", CLASSES)
+def test_yaml_and_dataclass_agree_on_keys_order_and_defaults(name):
+    path, config_class = ROOT / f"{name}_config.yml", CLASSES[name]
+    values = yaml.safe_load(path.read_text())
+    assert list(values) == [field.name for field in dataclasses.fields(config_class)]
+    assert load_config(config_class, path) == config_class()
+    if "lora" in values:
+        assert list(values["lora"]) == [field.name for field in dataclasses.fields(LoRA)]
 
 
-def test_every_key_of_the_yaml_has_a_comment():
+@pytest.mark.parametrize("path", [ROOT / f"{name}_config.yml" for name in CLASSES] + RECIPES, ids=lambda p: p.stem)
+def test_every_key_of_the_yaml_has_a_comment(path):
     previous = ""
-    for line in DEFAULT.read_text().splitlines():
+    for line in path.read_text().splitlines():
         if re.match(r" *\w+:", line):
             assert "  # " in line or previous.startswith("#"), line
         previous = line
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("grpo_*.yml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_config_key_is_read(name):
+    read = set()
+    for path in (ROOT / f"{name}_train.py", ROOT / "utils.py"):
+        for function in ast.parse(path.read_text()).body:  # not the class, whose __post_init__ only checks
+            if isinstance(function, ast.FunctionDef):
+                attributes = [node for node in ast.walk(function) if isinstance(node, ast.Attribute)]
+                read |= {(node.value.id, node.attr) for node in attributes if isinstance(node.value, ast.Name)}
+    assert {("config", field.name) for field in dataclasses.fields(CLASSES[name])} <= read
+    if name == "grpo":
+        assert {("lora", field.name) for field in dataclasses.fields(LoRA)} <= read
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_load(recipe):
-    load_config(GRPOConfig, recipe)
+    load_config(CLASSES[recipe.stem.partition("_")[0]], recipe)
 
 
 def test_overrides_reach_nested_keys_and_replace_mappings():
@@ -88,20 +109,47 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("override", "message"), BAD, ids=[override for override, _ in BAD])
-def test_bad_value_gets_one_line_with_source_key_value_and_expectation(tmp_path, override, message):
+BAD_ES = [
+    ("population_size=1", "population_size: 1, expected at least 2"),
+    ("noise_scale=0", "noise_scale: 0.0, expected more than 0"),
+    ("noise_scale=-0.1", "noise_scale: -0.1, expected more than 0"),
+    ("learning_rate=0", "learning_rate: 0.0, expected more than 0"),
+    ("rank=0", "rank: 0, expected at least 1"),
+    ("population_batch=0", "population_batch: 0, expected at least 1"),
+    ("perturbation=lowrank", "perturbation: 'lowrank', expected one of low_rank, gaussian"),
+    ("noise_schedule=step", "noise_schedule: 'step', expected one of constant, linear, cosine"),
+    ("noise_std=1", "noise_std: 1: unknown key, did you mean noise_scale?"),
+    ("group_size=8", "group_size: 8: unknown key"),
+    ("antithetic=1", "antithetic: 1, expected true or false"),
+    ("num_iterations=0", "num_iterations: 0, expected at least 1"),
+    ("rewards={}", "rewards: {}, expected at least one reward function"),
+]
+CASES = [("grpo", *case) for case in BAD] + [("es", *case) for case in BAD_ES]
+
+
+def test_antithetic_members_are_even_in_number():
+    with pytest.raises(
+        ValueError, match="population_size: 31, expected an even number, as antithetic members are pairs"
+    ):
+        load_config(ESConfig, ROOT / "es_config.yml", ["population_size=31", "antithetic=true"])
+    load_config(ESConfig, ROOT / "es_config.yml", ["population_size=31"])
+
+
+@pytest.mark.parametrize(("name", "override", "message"), CASES, ids=[f"{case[0]}-{case[1]}" for case in CASES])
+def test_bad_value_gets_one_line_with_source_key_value_and_expectation(tmp_path, name, override, message):
+    config_class, default = CLASSES[name], ROOT / f"{name}_config.yml"
     with pytest.raises(ValueError, match="command line: ") as error:
-        load_config(GRPOConfig, DEFAULT, [override])
+        load_config(config_class, default, [override])
     assert str(error.value).startswith(f"command line: {message}")
     assert "\n" not in str(error.value)
 
     # The same value in a file: the file is named.
-    values, (key, _, text) = yaml.safe_load(DEFAULT.read_text()), override.partition("=")
+    values, (key, _, text) = yaml.safe_load(default.read_text()), override.partition("=")
     *parents, last = key.split(".")
     (values[parents[0]] if parents else values)[last] = yaml.safe_load(text)
     (tmp_path / "edited.yml").write_text(yaml.safe_dump(values))
     with pytest.raises(ValueError, match="edited.yml: ") as error:
-        load_config(GRPOConfig, tmp_path / "edited.yml", ["eval_size=8"])
+        load_config(config_class, tmp_path / "edited.yml", ["eval_size=8"])
     assert str(error.value).startswith(f"{tmp_path / 'edited.yml'}: {message}")
 
 

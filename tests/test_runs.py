@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from accelerate.utils import set_seed
-from conftest import ROOT, make_model
+from conftest import ROOT, TINY, TWO_PROCESSES, make_model, run_script, scalars
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -33,7 +33,6 @@ from utils import (
     wilson_interval,
 )
 
-TINY = str(ROOT / "tiny_model")
 SMALL = [
     "num_steps=2",
     "prompts_per_step=4",
@@ -46,30 +45,11 @@ SMALL = [
 ]
 
 
-def run_script(arguments, cwd=ROOT, launcher=(sys.executable,), path=()):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, path))
-    return subprocess.run(
-        [*launcher, str(ROOT / "grpo_train.py"), *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def train(tmp_path, name, *overrides):
     """A small run in this process; returns its folder."""
     overrides = [*SMALL, f"model={TINY}", f"log_dir={tmp_path}", f"run_name={name}", *overrides]
     grpo_train.main(load_config(grpo_train.GRPOConfig, ROOT / "grpo_config.yml", overrides))
     return tmp_path / name
-
-
-def scalars(folder):
-    events = EventAccumulator(str(folder), size_guidance={"tensors": 0})
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 # Whole runs
@@ -212,19 +192,6 @@ def test_non_finite_gradient_skips_the_step_and_is_counted(tmp_path, monkeypatch
     assert all((w == 0).all() for name, w in weights.items() if "lora_B" in name)
 
 
-@pytest.fixture
-def hugging_face_datasets(tmp_path):
-    """A folder that, on the path, has Hugging Face `datasets` installed as far as anybody can ask."""
-    site = tmp_path / "site"
-    (site / "datasets").mkdir(parents=True)
-    (site / "datasets" / "__init__.py").write_text("raise ImportError('Hugging Face datasets was imported')\n")
-    (site / "datasets-4.0.0.dist-info").mkdir()
-    (site / "datasets-4.0.0.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: datasets\nVersion: 4.0.0\n"
-    )
-    return site
-
-
 def test_two_processes_take_the_step_of_one_with_hugging_face_datasets_installed(tmp_path, hugging_face_datasets):
     # Five prompts do not divide by two; the sequence normalization and the KL have denominators of their own.
     overrides = [
@@ -236,10 +203,7 @@ def test_two_processes_take_the_step_of_one_with_hugging_face_datasets_installed
         "kl_weight=0.05",
         "loss_normalization=sequence",
     ]
-    # --multi_gpu: without it, accelerate starts one process on a CPU, whatever the number asked for.
-    two = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
-    two += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    for name, launcher in {"one": [sys.executable], "two": two}.items():
+    for name, launcher in {"one": [sys.executable], "two": TWO_PROCESSES}.items():
         done = run_script([*overrides, f"run_name={name}"], launcher=launcher, path=[hugging_face_datasets])
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Held-out accuracy") == 1

@@ -1,0 +1,379 @@
+"""The maths of ES, and a population in one batch, against members written out one by one."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import EOS, PAD, make_model, random_prompts
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+
+from es_train import (
+    Population,
+    check_low_rank,
+    draw,
+    noise_generators,
+    noise_of_member,
+    noise_scale_warning,
+    noise_shapes,
+    update_master,
+    write_member,
+    write_weights,
+    z_scores,
+)
+from utils import generate, seeded_generator
+
+MEMBERS, MAX_NEW = 5, 16
+PROMPTS = random_prompts([3, 9, 5, 1])
+FAMILIES = {
+    "qwen2": {"family": "qwen2"},  # tied head, biases in attention
+    "llama": {"family": "llama", "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+}
+
+
+def random_biases_and_norms(model):
+    """Fresh models have biases 0 and norm weights 1, which would hide mistakes."""
+    generator = torch.Generator().manual_seed(7)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model.requires_grad_(False)
+
+
+def make_qwen3():
+    """A model with norms over the heads too, whose inputs have four dimensions."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.15,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        tie_word_embeddings=True,
+    )
+    return Qwen3ForCausalLM(config).eval()
+
+
+def make_es_model(family):
+    return random_biases_and_norms(make_qwen3() if family == "qwen3" else make_model(**FAMILIES[family]))
+
+
+def master_of(model):
+    return {name: parameter.float().clone() for name, parameter in model.named_parameters()}
+
+
+def dense_noise(model, rank, generator):
+    """A member's noise by the definition: one stream, parameter after parameter, A B^T / sqrt(rank) for matrices."""
+    noise = {}
+    for name, parameter in model.named_parameters():
+        if rank and parameter.ndim == 2:
+            factors = torch.randn(sum(parameter.shape), rank, generator=generator)
+            A, B = factors[: len(parameter)].double(), factors[len(parameter) :].double()
+            noise[name] = A @ B.T / math.sqrt(rank)
+        else:
+            noise[name] = torch.randn(parameter.shape, generator=generator).double()
+    return noise
+
+
+def folded(model, noise, scale):
+    """A copy of the model with `scale * noise` written into its weights."""
+    member = copy.deepcopy(model)
+    for name, parameter in member.named_parameters():
+        parameter.data.copy_(parameter.double() + scale * noise[name])
+    return member
+
+
+def shapes_of(model, perturbation, rank=1):
+    return noise_shapes(dict(model.named_parameters()), perturbation, rank)
+
+
+def make_population(model, rank, noises, scales, prompts=PROMPTS, iteration=3):
+    generators = noise_generators(0, iteration, noises, "cpu")
+    return Population(model, shapes_of(model, "low_rank", rank), generators, torch.tensor(scales), len(prompts))
+
+
+def texts(completions):
+    return [tokens[mask].tolist() for tokens, mask in zip(completions.tokens, completions.mask, strict=True)]
+
+
+# z-scores
+
+
+def test_z_scores_by_hand():
+    # mean 2, squared deviations 1, 1, 4, 4, 0: variance 10 / 5 = 2
+    rewards = torch.tensor([1.0, 3.0, 0.0, 4.0, 2.0])
+    expected = [-1 / math.sqrt(2), 1 / math.sqrt(2), -math.sqrt(2), math.sqrt(2), 0.0]
+    assert z_scores(rewards).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("reward", [0.9, 0.7, -0.3, 0.0])
+def test_equal_rewards_give_z_scores_of_exactly_zero(reward):
+    # In fp32, the mean of equal numbers is not always that number: 16 x 0.9 over an epsilon gave 0.9.
+    assert not z_scores(torch.full((16,), reward)).any()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_reward_that_is_no_number_is_an_error_that_names_the_member(bad):
+    with pytest.raises(ValueError, match="rewards: that of member 2 is (nan|inf), expected a finite number"):
+        z_scores(torch.tensor([1.0, 2.0, bad, 0.0]))
+
+
+# Noise
+
+
+def test_noise_keys_are_unique_over_ten_thousand_iterations():
+    keys = {
+        seeded_generator(0, "noise", iteration, noise).initial_seed()
+        for iteration in range(10_000)
+        for noise in range(30)
+    }
+    assert len(keys) == 300_000
+
+
+@pytest.mark.parametrize("perturbation", ["gaussian", "low_rank"])
+def test_noise_of_layers_members_iterations_and_seeds_is_uncorrelated(perturbation):
+    model = make_model(num_hidden_layers=3, hidden_size=64)
+    shapes, rank = shapes_of(model, perturbation, 4), 4 if perturbation == "low_rank" else None
+    draws = []
+    for seed, iteration, member in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]:
+        (generator,) = noise_generators(seed, iteration, [member], "cpu")
+        noise = {name: draw(shape, generator) for name, shape in shapes.items()}
+        draws += [noise[f"model.layers.{layer}.mlp.up_proj.weight"].flatten() for layer in range(3)]
+        (generator,) = noise_generators(seed, iteration, [member], "cpu")
+        assert dense_noise(model, rank, generator).keys() == noise.keys()
+    correlation = torch.corrcoef(torch.stack(draws))
+    correlation.fill_diagonal_(0)
+    assert correlation.abs().max() < 5 / math.sqrt(len(draws[0]))
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_each_weights_noise_has_variance_one_a_tied_one_too(rank):
+    # Mean square of products of normal numbers over 400 draws of 64 x 32 entries.
+    shape, squares = (64 + 32, rank), []
+    for generator in noise_generators(0, 0, range(400), "cpu"):
+        A, B = draw(shape, generator).split([64, 32])
+        squares.append((A @ B.T / math.sqrt(rank)).square().mean())
+    assert torch.stack(squares).mean() == pytest.approx(1, abs=0.1)
+
+    model = make_es_model("qwen2")
+    model.model.embed_tokens.weight.data.zero_()
+    deviations = []
+    for generator in noise_generators(0, 0, range(20), "cpu"):
+        write_member(model, {n: torch.zeros_like(p) for n, p in master_of(model).items()}, 0.1, generator)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        deviations.append(model.lm_head.weight.flatten().clone())
+    assert torch.cat(deviations).std() == pytest.approx(0.1, rel=0.02)  # 0.14 if it were perturbed twice
+
+
+# Updates
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize("rank", [None, 1, 3])
+def test_update_equals_the_sum_over_members_in_float64(rank, antithetic):
+    model = make_es_model("qwen2")
+    master, shapes = master_of(model), shapes_of(model, "low_rank" if rank else "gaussian", rank)
+    z = [0.5, -1.5, 2.0, 0.25, -1.0, -0.25]
+    expected = {name: weight.double() for name, weight in master.items()}
+    for member, z_n in enumerate(z):
+        number, sign = (member // 2, (1, -1)[member % 2]) if antithetic else (member, 1)
+        noise = dense_noise(model, rank, noise_generators(0, 7, [number], "cpu")[0])
+        for name in expected:
+            expected[name] += 0.1 / len(z) * z_n * sign * noise[name]
+
+    generators = noise_generators(0, 7, range(3 if antithetic else 6), "cpu")
+    update_master(master, shapes, generators, z, 0.1, antithetic)
+    for name in master:
+        torch.testing.assert_close(master[name].double(), expected[name], atol=1e-6, rtol=0)
+        assert not torch.equal(master[name], dict(model.named_parameters())[name]), name  # everything moves
+
+
+def test_antithetic_members_are_pairs_of_opposite_sign():
+    assert [noise_of_member(n, True) for n in range(4)] == [(0, 1), (0, -1), (1, 1), (1, -1)]
+    assert [noise_of_member(n, False) for n in range(3)] == [(0, 1), (1, 1), (2, 1)]
+
+
+@pytest.mark.parametrize("perturbation", ["gaussian", "low_rank"])
+def test_equal_rewards_leave_every_bit_of_the_weights(perturbation):
+    model = make_es_model("qwen2")
+    master, before, shapes = master_of(model), master_of(model), shapes_of(model, perturbation)
+    z = z_scores(torch.full((6,), 0.9)).tolist()
+    update_master(master, shapes, noise_generators(0, 0, range(6), "cpu"), z, 0.5, False)
+    assert all(torch.equal(master[name], before[name]) for name in master)
+
+
+@pytest.mark.parametrize("perturbation", ["gaussian", "low_rank"])
+def test_small_updates_reach_bf16_weights_in_full_and_norm_weights_move(perturbation):
+    # A step of 1e-5 is far below bf16's spacing near most weights: added to bf16 weights, it would be lost.
+    model = make_model().bfloat16().requires_grad_(False)
+    start, master = master_of(model), master_of(model)
+    shapes = shapes_of(model, perturbation)
+    for iteration in range(100):
+        z = z_scores(torch.rand(8, generator=torch.Generator().manual_seed(iteration))).tolist()
+        update_master(master, shapes, noise_generators(0, iteration, range(8), "cpu"), z, 5e-3, False)
+        write_weights(model, master)
+    realised = {name: parameter.float() - start[name] for name, parameter in model.named_parameters()}
+    intended = {name: master[name] - start[name] for name in master}
+    flat = [torch.cat([values[name].flatten() for name in intended]).double() for values in (intended, realised)]
+    assert float(flat[0] @ flat[1] / (flat[0] @ flat[0])) == pytest.approx(1, abs=0.01)
+    for name in realised:
+        if "norm" in name:
+            assert (realised[name] != 0).any(), name
+
+
+# Members one by one
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_after_a_population_of_members_written_out_every_weight_is_bitwise_what_it_was(dtype):
+    model = make_es_model("qwen2").to(dtype)
+    before, master = copy.deepcopy(model.state_dict()), master_of(model)
+    for generator in noise_generators(0, 0, range(32), "cpu"):
+        write_member(model, master, 0.01, generator)
+        assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters())  # every one is perturbed
+    write_weights(model, master)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_member_written_out_is_master_plus_scaled_noise():
+    model = make_es_model("llama")
+    master = master_of(model)
+    noise = dense_noise(model, None, noise_generators(0, 1, [2], "cpu")[0])
+    write_member(model, master, -0.02, noise_generators(0, 1, [2], "cpu")[0])
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.double(), master[name] - 0.02 * noise[name], atol=1e-6, rtol=0)
+
+
+# Members in one batch
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3"])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_logits_of_each_row_are_those_of_its_member_folded_into_the_weights(family, rank):
+    model = make_es_model(family)
+    ids = torch.randint(2, 64, (MEMBERS * 2, 7), generator=torch.Generator().manual_seed(0))
+    scales = [0.1, -0.1, 0.05, 0.2, -0.02]
+    population = make_population(model, rank, range(MEMBERS), scales, prompts=[0, 1])
+    with population as on_rows:
+        on_rows(torch.arange(MEMBERS * 2))
+        whole = model(input_ids=ids).logits
+        rows = torch.tensor([9, 0, 4, 5, 7])  # some rows are gone, the rest in any order
+        on_rows(rows)
+        part = model(input_ids=ids[rows]).logits
+    plain = model(input_ids=ids).logits
+    for member, scale in enumerate(scales):
+        noise = dense_noise(model, rank, noise_generators(0, 3, [member], "cpu")[0])
+        mine = slice(2 * member, 2 * member + 2)
+        expected = folded(model.double(), noise, scale)(input_ids=ids[mine]).logits
+        model.float()
+        assert (expected - plain[mine]).abs().max() > 0.05
+        torch.testing.assert_close(whole[mine].double(), expected, atol=2e-5, rtol=1e-4)
+        for i, row in enumerate(rows.tolist()):
+            if row // 2 == member:
+                torch.testing.assert_close(part[i].double(), expected[row % 2], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3"])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_population_in_one_batch_gives_the_tokens_of_member_after_member(family, rank):
+    model = make_es_model(family)
+    scales = [0.05, -0.05, 0.1, 0.2, -0.2]
+    with make_population(model, rank, range(MEMBERS), scales) as on_rows:
+        together = generate(model, PROMPTS * MEMBERS, MAX_NEW, [EOS, 7, 9], PAD, on_rows=on_rows)
+    lengths = together.mask.sum(1)
+    assert lengths.min() < MAX_NEW / 2 and lengths.max() == MAX_NEW  # rows left on the way
+    for member, scale in enumerate(scales):
+        noise = dense_noise(model, rank, noise_generators(0, 3, [member], "cpu")[0])
+        alone = generate(folded(model, noise, scale), PROMPTS, MAX_NEW, [EOS, 7, 9], PAD)
+        rows = slice(member * len(PROMPTS), (member + 1) * len(PROMPTS))
+        assert texts(together)[rows] == texts(alone)
+    assert len({str(texts(together)[i :: len(PROMPTS)]) for i in range(len(PROMPTS))}) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_population_in_one_batch_writes_nothing_to_the_model(dtype):
+    model = make_es_model("qwen2").to(dtype)
+    values, objects = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
+    with make_population(model, 1, range(MEMBERS), [0.5] * MEMBERS) as on_rows:
+        generate(model, PROMPTS * MEMBERS, MAX_NEW, [EOS], PAD, on_rows=on_rows)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        with make_population(model, 1, range(MEMBERS), [0.5] * MEMBERS) as on_rows:
+            on_rows(torch.arange(MEMBERS))
+            model(input_ids=torch.ones(MEMBERS, 2, dtype=torch.long))
+            raise RuntimeError("interrupted")
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+    assert all(parameter is objects[name] for name, parameter in model.named_parameters())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_same_member_twice_in_a_population_gives_the_same_text():
+    model = make_es_model("qwen2")
+    noises = [4, 0, 1, 2, 4, 3, 4]
+    with make_population(model, 1, noises, [0.1] * len(noises)) as on_rows:
+        rows = texts(generate(model, PROMPTS * len(noises), MAX_NEW, [EOS, 7], PAD, on_rows=on_rows))
+    members = [rows[i * len(PROMPTS) : (i + 1) * len(PROMPTS)] for i in range(len(noises))]
+    assert members[0] == members[4] == members[6]
+    assert members[0] != members[1]
+
+
+def test_members_in_batches_of_any_size_give_the_same_tokens():
+    model = make_es_model("qwen2")
+    with make_population(model, 1, range(MEMBERS), [0.1] * MEMBERS) as on_rows:
+        whole = texts(generate(model, PROMPTS * MEMBERS, MAX_NEW, [EOS], PAD, on_rows=on_rows))
+        split = texts(generate(model, PROMPTS * MEMBERS, MAX_NEW, [EOS], PAD, batch_size=3, on_rows=on_rows))
+    halves = []
+    for noises in (range(2), range(2, MEMBERS)):
+        with make_population(model, 1, noises, [0.1] * len(noises)) as on_rows:
+            halves += texts(generate(model, PROMPTS * len(noises), MAX_NEW, [EOS], PAD, on_rows=on_rows))
+    assert whole == split == halves
+
+
+# What low_rank cannot do
+
+
+class Biases(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+
+def test_models_that_low_rank_cannot_perturb_whole_are_named():
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16, n_positions=8))
+    with pytest.raises(ValueError, match=r"perturbation: low_rank cannot perturb transformer.h.0.ln_1, a LayerNorm"):
+        check_low_rank(gpt2, 1)
+    with pytest.raises(
+        ValueError, match=r"perturbation: low_rank, but Biases has no Linear layers; gaussian needs none"
+    ):
+        check_low_rank(Biases(), 1)
+    check_low_rank(make_model(), 16)
+    with pytest.raises(ValueError, match=r"rank: 17 is more than model.layers.0.self_attn.k_proj.weight, \(16, 32\)"):
+        check_low_rank(make_model(), 17)
+
+
+# Preflight
+
+
+@pytest.mark.parametrize(
+    ("base", "rewards", "words"),
+    [
+        (0.8, [0.1, 0.0, 0.2, 0.3], "noise_scale is too large"),
+        (0.8, [0.8, 0.8, 0.8, 0.8, 0.81], "noise_scale is too small"),
+        (0.0, [0.0, 0.0, 0.0, 0.0], "or the reward too rare"),
+        (0.8, [0.7, 0.75, 0.85, 0.6], None),
+        (0.3, [0.2, 0.2, 0.4, 0.3], None),
+        (-1.0, [-1.2, -0.8, -1.1, -0.9], None),
+        (-1.0, [-1.9, -1.8, -1.7, -1.6], "noise_scale is too large"),
+    ],
+)
+def test_noise_scale_is_judged_by_the_first_iteration(base, rewards, words):
+    rewards = torch.tensor(rewards, dtype=torch.float64)
+    ties = sum(a == b for i, a in enumerate(rewards) for b in rewards[:i]) / math.comb(len(rewards), 2)
+    warning = noise_scale_warning(base, rewards, float(ties))
+    assert (warning is None) if words is None else (words in warning)

@@ -1,0 +1,399 @@
+"""ES as a user runs it: whole runs, the journal, and a run that is killed again and again."""
+
+import json
+import math
+import multiprocessing
+import random
+import shutil
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, TWO_PROCESSES, run_script, scalars
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import es_train
+from utils import load_config, load_model, load_tokenizer
+
+SMALL = [
+    "num_iterations=3",
+    "prompts_per_iteration=4",
+    "population_size=6",
+    "max_new_tokens=40",
+    "noise_scale=0.03",
+    "population_batch=4",
+    "eval_size=8",
+    "eval_every=2",
+]
+
+
+def train(tmp_path, name, *overrides):
+    """A small run in this process; returns its folder."""
+    overrides = [*SMALL, f"model={TINY}", f"log_dir={tmp_path}", f"run_name={name}", *overrides]
+    es_train.main(load_config(es_train.ESConfig, ROOT / "es_config.yml", overrides))
+    return tmp_path / name
+
+
+def weights(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def journal(folder):
+    return [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(folder, other):
+    ours, theirs = weights(folder), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# Whole runs
+
+
+def test_script_leaves_an_ordinary_model_and_says_how_to_load_it(tmp_path):
+    done = run_script([*SMALL, f"log_dir={tmp_path}", "run_name=run"], script="es_train.py")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+    assert f'AutoModelForCausalLM.from_pretrained("{tmp_path}/run/model")' in done.stdout
+    assert "Held-out accuracy, greedy, 8 problems (95% interval)" in done.stdout
+    assert "mean reward of the model as it is" in done.stdout
+
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    base = dict(AutoModelForCausalLM.from_pretrained(TINY).named_parameters())
+    assert trained.dtype == torch.float32
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").chat_template
+    assert not (tmp_path / "run" / "model" / "adapter_config.json").exists()
+    for name, parameter in trained.named_parameters():
+        assert (parameter != base[name]).any(), name  # every tensor was trained
+
+    curves = scalars(tmp_path / "run")
+    assert [step for step, _ in curves["eval/strict_accuracy"]] == [0, 2, 3]
+    assert [step for step, _ in curves["reward/mean"]] == [1, 2, 3]
+    assert [value for _, value in curves["progress/completions"]] == [24, 48, 72]
+    assert [value for _, value in curves["progress/prompts"]] == [4, 8, 12]
+    assert [step for step, _ in curves["es/unperturbed_reward"]] == [1]
+    for tag in (
+        "eval/lenient_accuracy",
+        "reward/accuracy",
+        "reward/format",
+        "accuracy/strict",
+        "completion/length_mean",
+        "es/reward_min",
+        "es/reward_mean",
+        "es/reward_max",
+        "es/reward_std",
+        "es/tie_rate",
+        "es/update_slope",
+        "es/distance",
+        "optim/learning_rate",
+        "time/step",
+        "time/rollout",
+        "time/perturb",
+        "time/reward",
+        "time/update",
+        "throughput/tokens_per_second",
+        "progress/generated_tokens",
+        "progress/seconds",
+    ):
+        assert tag in curves and all(math.isfinite(value) for _, value in curves[tag]), tag
+    assert len(journal(tmp_path / "run")) == 1 + 1 + 3
+    resolved = load_config(es_train.ESConfig, tmp_path / "run" / "config.yml")
+    assert (resolved.population_size, resolved.run_name, resolved.log_dir) == (6, "run", str(tmp_path))
+
+
+def test_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
+    folders = [train(tmp_path, "a"), train(tmp_path, "b"), train(tmp_path, "c", "seed=1")]
+    assert_same_weights(folders[0], folders[1])
+    assert not torch.equal(*(weights(folder)["model.norm.weight"] for folder in (folders[0], folders[2])))
+    curves = [scalars(folder) for folder in folders[:2]]
+    for tag in curves[0]:
+        if not tag.startswith(("time/", "throughput/", "progress/seconds")):
+            assert curves[0][tag] == curves[1][tag], tag
+
+
+@pytest.mark.parametrize("perturbation", ["low_rank", "gaussian"])
+@pytest.mark.parametrize("more", [[], ["antithetic=true"]], ids=["plain", "antithetic"])
+def test_logged_slope_distance_and_rewards_are_those_of_the_journal(tmp_path, perturbation, more):
+    folder = train(tmp_path, "run", f"perturbation={perturbation}", *more)
+    curves, states = scalars(folder), journal(folder)[2:]
+    for step, state in enumerate(states, start=1):
+        assert state["iteration"] == step and len(state["rewards"]) == 6
+        assert dict(curves["es/reward_max"])[step] == pytest.approx(max(state["rewards"]))
+        assert dict(curves["reward/mean"])[step] == pytest.approx(sum(state["rewards"]) / 6, abs=1e-6)
+        assert sum(state["z"]) == pytest.approx(0, abs=1e-9)
+    assert curves["es/update_slope"][-1][1] == pytest.approx(1, abs=1e-6)
+    base = AutoModelForCausalLM.from_pretrained(TINY).state_dict()
+    square = sum((value.double() - base[name].double()).square().sum() for name, value in weights(folder).items())
+    assert curves["es/distance"][-1][1] == pytest.approx(float(square) ** 0.5, rel=1e-4)
+    assert square > 0
+
+
+def test_batches_of_members_change_no_reward_and_no_weight(tmp_path):
+    folders = [train(tmp_path, f"batch{n}", f"population_batch={n}") for n in (1, 4, 32)]
+    for folder in folders[1:]:
+        assert [state.get("rewards") for state in journal(folder)] == [s.get("rewards") for s in journal(folders[0])]
+        assert_same_weights(folder, folders[0])
+
+
+def test_schedules_decay_noise_and_learning_rate(tmp_path):
+    states = journal(train(tmp_path, "run", "lr_schedule=linear", "noise_schedule=cosine", "learning_rate=0.03"))[2:]
+    assert [state["learning_rate"] for state in states] == pytest.approx([0.03, 0.02, 0.01])
+    expected = [0.03 * (1 + math.cos(math.pi * step / 3)) / 2 for step in range(3)]
+    assert [state["noise_scale"] for state in states] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("perturbation", ["low_rank", "gaussian"])
+def test_bfloat16_run_leaves_a_bfloat16_model_that_loses_no_update(tmp_path, perturbation):
+    folder = train(tmp_path, "run", "dtype=bfloat16", f"perturbation={perturbation}", "learning_rate=0.001")
+    assert {value.dtype for value in weights(folder).values()} == {torch.bfloat16}
+    # ||theta - theta_0|| is that of the fp32 master, and what the model shows of it is not less.
+    assert scalars(folder)["es/update_slope"][-1][1] == pytest.approx(1, abs=0.05)
+
+
+def test_training_goes_on_from_a_saved_model_and_from_an_adapter(tmp_path):
+    import grpo_train
+
+    first = train(tmp_path, "first")
+    second = train(tmp_path, "second", f"model={first / 'model'}")
+    assert scalars(second)["eval/strict_accuracy"][0][1] == scalars(first)["eval/strict_accuracy"][-1][1]
+
+    overrides = ["num_steps=1", "warmup_steps=0", "prompts_per_step=2", "group_size=4", "max_new_tokens=40"]
+    overrides += ["eval_size=8", f"model={TINY}", f"log_dir={tmp_path}", "run_name=grpo", "learning_rate=0.01"]
+    grpo_train.main(load_config(grpo_train.GRPOConfig, ROOT / "grpo_config.yml", overrides))
+    third = train(tmp_path, "third", f"model={tmp_path / 'grpo' / 'model'}")
+    before = scalars(tmp_path / "grpo")["eval/lenient_accuracy"][-1][1]
+    assert scalars(third)["eval/lenient_accuracy"][0][1] == before
+    assert weights(third).keys() == weights(first).keys()  # merged: no adapter is left
+
+
+def test_equal_rewards_change_no_bit_of_the_model(tmp_path, monkeypatch):
+    (tmp_path / "es_test_rewards.py").write_text(
+        "def same(completions, **columns):\n    return [0.9] * len(completions)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = train(tmp_path, "run", "rewards={'es_test_rewards:same': 1.0}")
+    base = dict(AutoModelForCausalLM.from_pretrained(TINY).named_parameters())
+    for name, value in weights(folder).items():
+        assert torch.equal(value, base[name]), name
+    assert [value for _, value in scalars(folder)["es/tie_rate"]] == [1, 1, 1]
+    assert [value for _, value in scalars(folder)["es/update_slope"]] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [(["noise_scale=1.0"], "noise_scale is too large"), (["noise_scale=1e-7"], "noise_scale is too small")],
+)
+def test_first_iteration_warns_of_a_noise_scale_that_teaches_nothing(tmp_path, capsys, overrides, words):
+    train(tmp_path, "run", "num_iterations=1", "prompts_per_iteration=8", *overrides)
+    assert capsys.readouterr().out.count(f"warning: {words}") == 1
+
+
+def test_two_processes_end_with_the_very_weights_of_one(tmp_path, hugging_face_datasets):
+    # Five members and seven problems do not divide by two, and antithetic pairs are split between the processes.
+    for more in (["population_size=5"], ["antithetic=true", "perturbation=gaussian"]):
+        overrides = [*SMALL, f"log_dir={tmp_path / more[0]}", "device=cpu", "eval_size=7", *more]
+        for name, launcher in {"one": None, "two": TWO_PROCESSES}.items():
+            options = {"launcher": launcher} if launcher else {}
+            arguments = [*overrides, f"run_name={name}"]
+            done = run_script(arguments, script="es_train.py", path=[hugging_face_datasets], **options)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.count("Held-out accuracy") == 1
+            assert f"on {1 + (name == 'two')} x cpu" in done.stdout
+        one, two = tmp_path / more[0] / "one", tmp_path / more[0] / "two"
+        assert_same_weights(one, two)
+        assert [state.get("weights") for state in journal(one)] == [state.get("weights") for state in journal(two)]
+        curves = scalars(one), scalars(two)
+        assert curves[0].keys() == curves[1].keys()
+        for tag in curves[0]:
+            if not tag.startswith(("time/", "throughput/", "progress/seconds")):
+                assert [v for _, v in curves[1][tag]] == pytest.approx([v for _, v in curves[0][tag]]), tag
+
+
+# The journal
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("finished"), "run", "num_iterations=5", "lr_schedule=linear")
+
+
+def copy_of(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")
+    return tmp_path / "run" / "journal.jsonl"
+
+
+RESUME = ["num_iterations=5", "lr_schedule=linear"]
+
+
+@pytest.mark.parametrize("perturbation", ["low_rank", "gaussian"])
+def test_replay_from_the_base_model_gives_the_weights_of_every_iteration_bit_for_bit(tmp_path, perturbation):
+    folder = train(tmp_path, "run", f"perturbation={perturbation}", "antithetic=true", "dtype=bfloat16")
+    config = load_config(es_train.ESConfig, folder / "config.yml")
+    model = load_model(TINY, "bfloat16", "cpu")
+    parameters = dict(model.named_parameters())
+    master = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
+    shapes = es_train.noise_shapes(parameters, perturbation, config.rank)
+    es_train.replay(journal(folder)[1:], master, shapes, config, torch.device("cpu"))
+    for name, value in weights(folder).items():
+        assert torch.equal(master[name].bfloat16(), value), name
+    assert es_train.fingerprint(master) == journal(folder)[-1]["weights"] != journal(folder)[1]["weights"]
+
+
+@pytest.mark.parametrize("num_lines", [0, 1, 2, 4, 6])
+@pytest.mark.parametrize("torn", [b"", b'{"iteration": 4, "rewa', b'{"iteration": 4}'], ids=["whole", "torn", "no-end"])
+def test_run_goes_on_after_the_last_whole_line(finished, tmp_path, num_lines, torn):
+    path = copy_of(finished, tmp_path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:num_lines]) + torn)
+    train(tmp_path, "run", *RESUME)
+    assert_same_weights(tmp_path / "run", finished)
+    ours, theirs = journal(tmp_path / "run"), journal(finished)
+    for state, expected in zip(ours, theirs, strict=True):
+        assert state | {"seconds": 0} == expected | {"seconds": 0}
+
+
+def test_finished_run_is_left_as_it_is_or_made_longer(finished, tmp_path):
+    path = copy_of(finished, tmp_path)
+    before = path.read_bytes()
+    train(tmp_path, "run", *RESUME)
+    assert path.read_bytes() == before
+    assert_same_weights(tmp_path / "run", finished)
+    train(tmp_path, "run", "num_iterations=6", "lr_schedule=linear")
+    assert len(journal(tmp_path / "run")) == 8 and path.read_bytes().startswith(before)
+    assert not torch.equal(weights(tmp_path / "run")["model.norm.weight"], weights(finished)["model.norm.weight"])
+
+
+def test_saved_config_resumes_the_run_and_so_does_its_folder(finished, tmp_path):
+    path = copy_of(finished, tmp_path)
+    whole = path.read_bytes()
+    config = (tmp_path / "run" / "config.yml").read_text().replace(str(finished.parent), str(tmp_path))
+    (tmp_path / "config.yml").write_text(config)
+    for arguments in (["--config", str(tmp_path / "config.yml")], [*SMALL, *RESUME, f"resume={tmp_path / 'run'}"]):
+        path.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
+        done = run_script(arguments, script="es_train.py")
+        assert done.returncode == 0, done.stderr
+        assert "going on after iteration 4" in done.stdout
+        assert_same_weights(tmp_path / "run", finished)
+        assert not (ROOT / "es_logs" / "run").exists()
+
+
+def edit_line(number, change):
+    def edit(lines):
+        line = json.loads(lines[number])
+        change(line)
+        return lines[:number] + [json.dumps(line).encode() + b"\n"] + lines[number + 1 :]
+
+    return edit
+
+
+BAD_JOURNALS = {
+    "line removed": (lambda lines: lines[:3] + lines[4:], "line 4: a line before this one is missing"),
+    "header removed": (lambda lines: lines[1:], "starting weights: '39789197', but that run was started with None"),
+    "damaged": (lambda lines: lines[:3] + [b'{"iteration": 2, "rew\n'] + lines[4:], "line 4: damaged: "),
+    "not json": (lambda lines: [b"\xff\x00\n"] + lines[1:], "line 1: damaged: "),
+    "list": (lambda lines: lines[:2] + [b"[1, 2]\n"] + lines[3:], "line 3: damaged: "),
+    "other z": (edit_line(3, lambda line: line["z"].reverse()), "iteration 2 of the journal does not give the weights"),
+    "other rate": (edit_line(2, lambda line: line.update(learning_rate=1)), "iteration 1 of the journal does not give"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_JOURNALS)
+def test_damaged_journal_is_named_and_left_alone(finished, tmp_path, case):
+    path = copy_of(finished, tmp_path)
+    edit, message = BAD_JOURNALS[case]
+    path.write_bytes(b"".join(edit(path.read_bytes().splitlines(keepends=True))))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="resume: ") as error:
+        train(tmp_path, "run", *RESUME)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["noise_scale=0.02"], "noise_scale: 0.02, but that run was started with 0.03"),
+        (["seed=1"], "seed: 1, but that run was started with 0"),
+        (["dataset_args={max_operators: 2}"], "dataset_args: {'max_operators': 2}, but that run was started with {}"),
+        (["num_iterations=4"], "num_iterations: 4, expected at least the 5 done"),
+        (["resume=never"], "exists already; choose another name or delete it"),
+        (["resume=nowhere"], "resume: 'nowhere', expected auto, never, or a run's folder with its journal.jsonl"),
+    ],
+)
+def test_journal_of_another_config_is_refused_and_the_key_named(finished, tmp_path, overrides, message):
+    copy_of(finished, tmp_path)
+    with pytest.raises(ValueError) as error:
+        train(tmp_path, "run", *RESUME, *overrides)
+    assert message in str(error.value)
+
+
+def test_journal_of_another_model_is_refused(finished, tmp_path):
+    copy_of(finished, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(TINY)
+    model.model.norm.weight.data[0] += 1e-3
+    model.save_pretrained(tmp_path / "other")
+    load_tokenizer(TINY).save_pretrained(tmp_path / "other")
+    with pytest.raises(
+        ValueError, match=r"resume: .*: starting weights: '\w{8}', but that run was started with '39789197'"
+    ):
+        train(tmp_path, "run", *RESUME, f"model={tmp_path / 'other'}")
+
+
+def test_folder_that_is_no_run_is_left_alone(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="run_name: .*run exists already; choose another name or delete it"):
+        train(tmp_path, "run")
+
+
+# Killed at any moment
+
+
+def run_quietly(overrides):
+    import contextlib
+    import os
+
+    torch.set_num_threads(1)
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+        es_train.main(load_config(es_train.ESConfig, ROOT / "es_config.yml", overrides))
+
+
+def test_run_that_is_killed_twenty_times_ends_with_the_weights_of_an_undisturbed_one(tmp_path):
+    kills, rng = 20, random.Random(0)
+    context = multiprocessing.get_context("forkserver")  # a fresh process without the seconds of importing torch
+    context.set_forkserver_preload(["es_train"])
+    overrides = [*SMALL, "num_iterations=40", "eval_every=3", f"model={TINY}", f"log_dir={tmp_path}"]
+
+    def start(name):
+        process = context.Process(target=run_quietly, args=([*overrides, f"run_name={name}"],))
+        process.start()
+        return process, time.monotonic()
+
+    process, started = start("undisturbed")
+    process.join(120)
+    assert process.exitcode == 0
+    seconds = time.monotonic() - started
+
+    path, lengths = tmp_path / "killed" / "journal.jsonl", []
+    for _ in range(kills):
+        process, _ = start("killed")
+        # From before the journal is there to some iterations further on, so that the kills spread over the run.
+        time.sleep(rng.uniform(0.0, 0.3 * seconds))
+        process.kill()
+        process.join()
+        lengths.append(path.read_bytes().count(b"\n") if path.exists() else 0)
+    assert lengths == sorted(lengths)  # what was done is never lost
+    process, _ = start("killed")
+    process.join(120)
+    assert process.exitcode == 0
+    assert_same_weights(tmp_path / "killed", tmp_path / "undisturbed")
+    states = [[s | {"seconds": 0} for s in journal(tmp_path / name)] for name in ("killed", "undisturbed")]
+    assert states[0] == states[1]
+    curves = scalars(tmp_path / "killed"), scalars(tmp_path / "undisturbed")
+    for tag in curves[1]:
+        if not tag.startswith(("time/", "throughput/", "progress/seconds")):
+            assert curves[0][tag] == curves[1][tag], tag
+    assert len(set(lengths)) > 5, f"the kills fell on few iterations: {lengths}"
