@@ -24,7 +24,7 @@ Where this departs from the papers:
 
     python es_train.py
     python es_train.py --config recipes/es_gsm8k_qwen2.5-1.5b.yml
-    python es_train.py perturbation=gaussian noise_scale=1e-3
+    python es_train.py perturbation=gaussian antithetic=true
     accelerate launch --num_processes 2 es_train.py      (on a CPU: torchrun --nproc_per_node 2 es_train.py)
 
 Letters in shapes: N members, M of them in a batch, K noises (N, or N / 2 in antithetic pairs), P prompts, r rank.
@@ -255,7 +255,7 @@ class Population:
         Rows come member after member, `rows_per_member` each.
         """
         self.model, self.num_members, self.rows_per_member = model, len(generators), rows_per_member
-        self.handles, self.norm_weights = [], {}
+        self.handles, self.norms = [], {}
         self.noise = {}  # by parameter, scaled: A^T (M, r, out) and B (M, in, r) of a matrix, (M, d) of a vector
         for name, parameter in model.named_parameters():
             noise = torch.stack([draw(shapes[name], generator) for generator in generators])
@@ -267,7 +267,7 @@ class Population:
                     B.to(parameter.dtype).contiguous(),
                 )
             else:
-                self.noise[parameter] = (noise * scales[:, None],)
+                self.noise[parameter] = noise * scales[:, None]
 
     def __enter__(self):
         """Returns what `generate` is to call with the rows of its batch."""
@@ -277,52 +277,48 @@ class Population:
             elif isinstance(module, nn.Embedding):
                 self.handles.append(module.register_forward_hook(self._add_to_embedding))
             elif list(module.parameters(recurse=False)):
-                self.norm_weights[module] = module.weight
+                self.norms[module] = module.weight
                 self.handles.append(module.register_forward_pre_hook(self._exchange_norm_weight))
         return self._select
 
     def __exit__(self, *exception):
         for handle in self.handles:
             handle.remove()
-        for module, weight in self.norm_weights.items():
+        for module, weight in self.norms.items():
             module.weight = weight
 
     def _select(self, rows):
         self.members = rows // self.rows_per_member  # (R,) the member of each row in the batch
-        self.selected = {}
+        self.selected = {}  # by module: its noise for these rows, gathered once and not at every step
 
-    def _noise_of_rows(self, parameter, part):
-        """(M, ...) while every member has all its rows, so that they make M blocks; after that (R, ...).
-
-        Gathered when rows leave the batch, not at every step.
-        """
-        noise = self.noise[parameter][part]
-        if len(self.members) == self.num_members * self.rows_per_member:
-            return noise
-        if (parameter, part) not in self.selected:
-            self.selected[parameter, part] = noise[self.members]
-        return self.selected[parameter, part]
+    def _of_rows(self, noise):
+        """(M, ...) as it is while every member has all its rows, so that they are M blocks; after that (R, ...)."""
+        return noise if len(self.members) == self.num_members * self.rows_per_member else noise[self.members]
 
     def _add_to_linear(self, module, inputs, output):
-        A, B = (self._noise_of_rows(module.weight, part) for part in (0, 1))
-        x, y = inputs[0].reshape(len(A), -1, inputs[0].shape[-1]), output.view(len(A), -1, output.shape[-1])
-        add_product(y, x @ B, A)
-        if module.bias is not None:
-            y += self._noise_of_rows(module.bias, 0)[:, None]
+        if module not in self.selected:
+            A, B = map(self._of_rows, self.noise[module.weight])
+            b = None if module.bias is None else self._of_rows(self.noise[module.bias])[:, None]
+            self.selected[module] = A, B, b
+        A, B, b = self.selected[module]
+        y = output.view(A.shape[0], -1, A.shape[2])
+        add_product(y, inputs[0].reshape(B.shape[0], -1, B.shape[1]).bmm(B), A)
+        if b is not None:
+            y += b
 
     def _add_to_embedding(self, module, inputs, output):
-        A, B = self.noise[module.weight][0], self._noise_of_rows(module.weight, 1)  # (M, r, V), (M or R, D, r)
-        rows = A.transpose(1, 2)[self.members[:, None], inputs[0]]  # (R, T, r)
-        y = output.view(len(B), -1, output.shape[-1])
-        add_product(y, rows.view(len(B), -1, rows.shape[-1]), B.transpose(1, 2))
+        if module not in self.selected:
+            self.selected[module] = self._of_rows(self.noise[module.weight][1]).transpose(1, 2)
+        B = self.selected[module]  # (M or R, r, D)
+        A = self.noise[module.weight][0].transpose(1, 2)[self.members[:, None], inputs[0]]  # (R, T, r)
+        add_product(output.view(B.shape[0], -1, B.shape[2]), A.view(B.shape[0], -1, B.shape[1]), B)
 
     def _exchange_norm_weight(self, module, inputs):
-        weight = self.norm_weights[module]
         if module not in self.selected:
-            noise = self.noise[weight][0][self.members]
-            self.selected[module] = (weight + noise).to(weight.dtype)  # (R, d)
-        shape = [len(self.members)] + [1] * (inputs[0].ndim - 2) + [-1]
-        module.weight = nn.Parameter(self.selected[module].view(shape), requires_grad=False)
+            weight = self.norms[module]
+            weights = (weight + self.noise[weight][self.members]).to(weight.dtype)  # (R, d)
+            weights = weights.view(len(weights), *[1] * (inputs[0].ndim - 2), -1)
+            module.weight = self.selected[module] = nn.Parameter(weights, requires_grad=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -537,7 +533,7 @@ def main(config):
                     scales = noise_scale * torch.tensor(signs, device=device)
                     population = Population(model, shapes, generators, scales, P)
             with phase("rollout"), population as on_rows:
-                completions = answer(prompts * len(members), batch_size=len(members) * P, on_rows=on_rows)
+                completions = answer(prompts * len(members), batch_size=len(members) * P, on_rows=on_rows, block_size=P)
             with phase("reward"):
                 rows += score_completions(config.rewards, completions, tokenizer, items * len(members))
         scores = gather_scores(rows, device)  # of all N * P rows, member after member

@@ -374,6 +374,9 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices):
+        if not hasattr(self, "buffers"):
+            super().batch_select_indices(indices)
+            return
         B, end = len(indices), self.keys.shape[2]
         for buffer, x in zip(self.buffers, (self.keys, self.values), strict=True):
             buffer[:B, :, :end] = x[indices]
@@ -418,23 +421,28 @@ def generate(
     batch_size=256,
     drop_share=0.25,
     on_rows=None,
+    block_size=None,
 ):
     """Complete prompts: `num_samples` completions each, sampled with `uniforms`, or greedily without.
 
     prompts: P lists of token ids
     uniforms: (P * num_samples, max_new_tokens) in [0, 1), one number a token; a row's tokens follow from its prompt and
         its numbers, whichever rows it shares a batch with
-    batch_size: completions decoded at once (at least one prompt's)
+    batch_size: completions decoded at once (at least one prompt's, or one block's)
     drop_share: finished rows leave the batch once they are this share of it
-    on_rows: called with the index of the prompt that each row of the batch belongs to, (rows,), at first and whenever
-        rows have left; so that forward hooks can tell rows apart
+    on_rows: called with the index of the prompt that each row of the batch belongs to, (rows,), whenever that changes;
+        so that forward hooks can tell rows apart
+    block_size: what prompts begin with alike is computed once a block of so many (default: once), as hooks may ask for
     The distribution sampled is softmax(logits / temperature), nothing else: the model's generation_config is not
     consulted but for its end tokens, which the caller passes as `stop_ids`. Returns Completions, on the model's device.
     """
     if num_samples > 1 and uniforms is None:
         raise ValueError("num_samples: greedy completions of a prompt are all the same; pass uniforms to sample")
     device = model.device
+    block_size = block_size or len(prompts)
     chunk = max(1, batch_size // num_samples)
+    if on_rows is not None:
+        chunk = max(block_size, chunk - chunk % block_size)
     parts = []
     for first in range(0, len(prompts), chunk):
         ids = prompts[first : first + chunk]
@@ -446,52 +454,83 @@ def generate(
                 on_rows(first + prompt_indices)
 
         settings = (max_new_tokens, stop_ids, pad_id, num_samples, noise, temperature, top_p, drop_share)
-        parts.append(_decode(model, ids, *settings, tell_rows))
+        parts.append(_decode(model, ids, *settings, tell_rows, block_size))
     return Completions(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
+MIN_SHARED = 8  # a shorter beginning of all prompts is not worth a forward pass of its own
+
+
+@torch.inference_mode()
 def _decode(
-    model, prompts, max_new_tokens, stop_ids, pad_id, num_samples, uniforms, temperature, top_p, drop_share, tell_rows
+    model,
+    prompts,
+    max_new_tokens,
+    stop_ids,
+    pad_id,
+    num_samples,
+    uniforms,
+    temperature,
+    top_p,
+    drop_share,
+    tell_rows,
+    block_size,
 ):
     """The decode loop behind `generate`, for one batch. Returns the fields of Completions."""
     device = model.device
-    config = inner_model(model).config
     P, B, longest = len(prompts), len(prompts) * num_samples, max(map(len, prompts))
+    stop = torch.tensor(stop_ids, device=device)
+    cache = DynamicCache(config=inner_model(model).config)
+    keeps_all = all(type(layer) is DynamicLayer for layer in cache.layers)  # no sliding window, which counts slots
+    # Layers that keep all positions get a buffer.
+    cache.layers = [PreallocatedLayer(max_new_tokens) if type(x) is DynamicLayer else x for x in cache.layers]
+
+    # The slots of a row: what all prompts begin with, padding, the rest of its prompt, its completion.
+    shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+    if shared < MIN_SHARED or not keeps_all:
+        shared = 0
     ids = torch.full((P, longest), pad_id)
     attention_mask = torch.ones(P, longest + max_new_tokens, dtype=torch.long)
     for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[row, : longest - len(prompt)] = 0
+        padding = longest - len(prompt)
+        ids[row, :shared] = torch.tensor(prompt[:shared])
+        ids[row, shared + padding :] = torch.tensor(prompt[shared:])
+        attention_mask[row, shared : shared + padding] = 0
     ids, attention_mask = ids.to(device), attention_mask.to(device)
-    stop = torch.tensor(stop_ids, device=device)
-
-    # Prefill every prompt once, then repeat its cache for its completions. Layers that keep all positions get a buffer.
-    cache = DynamicCache(config=config)
-    cache.layers = [PreallocatedLayer(max_new_tokens) if type(x) is DynamicLayer else x for x in cache.layers]
     positions = (attention_mask[:, :longest].cumsum(-1) - 1).clamp(min=0)
-    tell_rows(torch.arange(P, device=device))
-    logits = model(
-        input_ids=ids,
-        attention_mask=attention_mask[:, :longest],
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        # As a tensor, not as 1: a slice is not contiguous and turns lm_head into a batched product, far slower on CPU.
-        logits_to_keep=torch.tensor([-1], device=device),
-    ).logits[:, -1]
+
+    def forward(input_ids, attention_mask, position_ids, **options):
+        return model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            **options,
+        ).logits[:, -1]
+
+    # Prefill what is shared once a block, the rest of every prompt once, and repeat the cache for its completions.
+    # logits_to_keep is a tensor, not 1: a slice is not contiguous and turns lm_head into a batched product, far slower.
+    last = torch.tensor([-1], device=device)
+    prompt_of_row = torch.arange(P, device=device)
+    if shared:
+        firsts = prompt_of_row[::block_size]
+        tell_rows(firsts)
+        forward(ids[firsts, :shared], None, positions[firsts, :shared], logits_to_keep=last)
+        cache.batch_select_indices(prompt_of_row // block_size)
+    tell_rows(prompt_of_row)
+    logits = forward(ids[:, shared:], attention_mask[:, :longest], positions[:, shared:], logits_to_keep=last)
     cache.batch_repeat_interleave(num_samples)
-    logits, position, attention_mask = (
-        x.repeat_interleave(num_samples, 0) for x in (logits, positions[:, -1:], attention_mask)
+    logits, position, attention_mask, prompt_of_row = (
+        x.repeat_interleave(num_samples, 0) for x in (logits, positions[:, -1:], attention_mask, prompt_of_row)
     )
     if num_samples > 1:
-        tell_rows(torch.arange(P, device=device).repeat_interleave(num_samples))
+        tell_rows(prompt_of_row)
 
     tokens = torch.full((B, max_new_tokens), pad_id, device=device)
     mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
     log_probs = torch.zeros(B, max_new_tokens, device=device)
-    finished = torch.zeros(
-        B, dtype=torch.bool, device=device
-    )  # (B,) over all rows; the rest over the rows in the batch
+    finished = torch.zeros(B, dtype=torch.bool, device=device)  # of all rows; `rows` are those in the batch
     rows = torch.arange(B, device=device)
     for t in range(max_new_tokens):
         token, log_prob = sample(logits, None if uniforms is None else uniforms[rows, t], temperature, top_p)
@@ -507,15 +546,9 @@ def _decode(
             keep = (~finished[rows]).nonzero()[:, 0]
             cache.batch_select_indices(keep)
             rows, token, position, attention_mask = (x[keep] for x in (rows, token, position, attention_mask))
-            tell_rows(rows // num_samples)
+            tell_rows(prompt_of_row[rows])
         position = position + 1
-        logits = model(
-            input_ids=token[:, None],
-            attention_mask=attention_mask[:, : longest + t + 1],
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+        logits = forward(token[:, None], attention_mask[:, : longest + t + 1], position)
     return tokens, mask, log_probs, ~finished
 
 
