@@ -487,7 +487,7 @@ def _decode(
 
     # The slots of a row: what all prompts begin with, padding, the rest of its prompt, its completion.
     shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
-    if shared < MIN_SHARED or not keeps_all:
+    if shared < MIN_SHARED or min(block_size, P) == 1 or not keeps_all:
         shared = 0
     ids = torch.full((P, longest), pad_id)
     attention_mask = torch.ones(P, longest + max_new_tokens, dtype=torch.long)

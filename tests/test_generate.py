@@ -35,6 +35,68 @@ def test_sampled_tokens_and_log_probs_equal_the_oracle_row_by_row(uniforms, temp
         assert not out.log_probs[row, len(tokens) :].any()
 
 
+@pytest.mark.parametrize("lengths", [[3, 9, 5, 1], [4, 4, 4, 4], [0, 6, 2, 1], [3]], ids=str)
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_what_prompts_begin_with_alike_is_computed_once_and_changes_no_token(lengths, family):
+    model, (beginning,) = make_model(family=family), random_prompts([12], seed=5)
+    prompts = [beginning + rest for rest in random_prompts(lengths)]
+    uniforms = torch.rand(len(prompts) * G, MAX_NEW, generator=torch.Generator().manual_seed(1))
+    seen = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    out = generate(model, prompts, MAX_NEW, [EOS, 7], PAD, num_samples=G, uniforms=uniforms)
+    handle.remove()
+    shared = min(12, 11 + min(lengths))  # every prompt has at least one token of its own left
+    passes = [(1, shared), (len(prompts), 12 + max(lengths) - shared)] if len(prompts) > 1 else [(1, 15)]
+    assert seen[: len(passes)] == passes
+    for row, tokens in enumerate(rows_of(out)):
+        expected, log_probs = oracle_generate(model, prompts[row // G], uniforms[row], 1.0, [EOS, 7], MAX_NEW)
+        assert tokens == expected
+        assert out.log_probs[row, : len(tokens)].tolist() == pytest.approx(log_probs, abs=1e-4)
+
+
+def test_sliding_windows_see_as_far_back_as_they_should(uniforms):
+    # Padding between the tokens of a prompt would use up a window that is counted in slots.
+    settings = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0}
+    model, (beginning,) = make_model(**settings), random_prompts([12], seed=5)
+    assert set(model.config.layer_types) == {"sliding_attention"}
+    prompts = [beginning + rest for rest in random_prompts(LENGTHS)]
+    out = generate(model, prompts, MAX_NEW, [EOS, 7], PAD, num_samples=G, uniforms=uniforms)
+    for row, tokens in enumerate(rows_of(out)):
+        assert tokens == oracle_generate(model, prompts[row // G], uniforms[row], 1.0, [EOS, 7], MAX_NEW)[0]
+
+
+@pytest.mark.parametrize("beginning", [0, 12])
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_hooks_are_told_which_prompt_each_row_of_every_forward_pass_belongs_to(beginning, num_samples):
+    # A hook that gives each block of two prompts its own bias on the logits: rows come out as alone under that bias.
+    model, (start,) = make_model(), random_prompts([beginning], seed=5)
+    prompts = [start + rest for rest in random_prompts([3, 9, 5, 1, 2, 6])]
+    uniforms = torch.rand(6 * num_samples, MAX_NEW, generator=torch.Generator().manual_seed(1))
+    biases = 3 * torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
+    now = {}
+
+    def add_bias(module, inputs, output):
+        assert len(output) == len(now["prompts"])
+        return output + biases[now["prompts"] // 2][:, None]
+
+    def complete(prompts, uniforms, **options):
+        return generate(model, prompts, MAX_NEW, [EOS, 7], PAD, num_samples=num_samples, uniforms=uniforms, **options)
+
+    handle = model.lm_head.register_forward_hook(add_bias)
+    together = complete(prompts, uniforms, on_rows=lambda rows: now.update(prompts=rows), block_size=2)
+    split = complete(prompts, uniforms, on_rows=lambda rows: now.update(prompts=rows), block_size=2, batch_size=3)
+    handle.remove()
+    assert torch.equal(together.tokens, split.tokens)
+    for prompt in range(6):
+        rows = slice(prompt * num_samples, (prompt + 1) * num_samples)
+        handle = model.lm_head.register_forward_hook(lambda m, i, output, b=biases[prompt // 2]: output + b)
+        alone = complete(prompts[prompt : prompt + 1], uniforms[rows])
+        handle.remove()
+        assert rows_of(together)[rows] == rows_of(alone)
+
+
 def test_greedy_tokens_equal_the_oracle():
     model, prompts = make_model(), random_prompts(LENGTHS)
     out = generate(model, prompts, MAX_NEW, [EOS], PAD)
