@@ -705,9 +705,10 @@ class Logger:
         """
         self.writer = None
         if folder is not None:
-            self.writer = SummaryWriter(str(folder), purge_step=first_step or None)
+            self.writer = SummaryWriter(str(folder), purge_step=first_step)
             text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-            (Path(folder) / "config.yml").write_text(text, encoding="utf-8")
+            (Path(folder) / "config.yml.partial").write_text(text, encoding="utf-8")
+            os.replace(Path(folder) / "config.yml.partial", Path(folder) / "config.yml")
             self.text("config", f"<pre>{html.escape(text)}</pre>", 0)
             self.config = config
 
@@ -789,14 +790,14 @@ class PhaseTimer:
 def run_folder(log_dir, run_name, resume="never", marker=None):
     """Where a run is kept: `log_dir/run_name`, or for `resume: PATH` that folder. ValueError if it cannot be.
 
-    Without a run_name, the time is its name. resume: "never" takes no folder that is there already, "auto" and a path
-    take one that holds the file `marker`, which says how to go on.
+    Without a run_name, the time is its name. resume: "never" takes no folder that is there already; "auto", with a
+    run_name, and a path take one that holds the file `marker`, which says how to go on.
     """
     if resume not in ("never", "auto"):
         check((Path(resume) / marker).is_file(), "resume", resume, f"auto, never, or a run's folder with its {marker}")
         return Path(resume)
     folder = Path(log_dir) / (run_name or time.strftime("%Y-%m-%d_%H-%M-%S"))
-    if folder.exists() and not (resume == "auto" and (folder / marker).is_file()):
+    if folder.exists() and not (resume == "auto" and run_name and (folder / marker).is_file()):
         raise ValueError(f"run_name: {folder} exists already; choose another name or delete it")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -255,6 +255,40 @@ def test_run_goes_on_after_the_last_whole_line(finished, tmp_path, num_lines, to
         assert state | {"seconds": 0} == expected | {"seconds": 0}
 
 
+@pytest.mark.parametrize("num_appended", [1, 2, 3, 6])
+def test_iteration_that_was_logged_but_not_committed_is_logged_once(finished, tmp_path, monkeypatch, num_appended):
+    honest, count = es_train.Journal.append, []
+
+    def append(self, line):
+        count.append(line)
+        if len(count) > num_appended:
+            raise KeyboardInterrupt
+        honest(self, line)
+
+    monkeypatch.setattr(es_train.Journal, "append", append)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, "run", *RESUME)
+    monkeypatch.undo()
+    train(tmp_path, "run", *RESUME)
+    ours, theirs = scalars(tmp_path / "run"), scalars(finished)
+    assert ours.keys() == theirs.keys()
+    for tag in theirs:
+        if not tag.startswith(("time/", "throughput/", "progress/seconds")):
+            assert ours[tag] == theirs[tag], tag
+        assert len(ours[tag]) == len(theirs[tag]), tag
+
+
+def test_two_unnamed_runs_of_one_second_do_not_become_one(tmp_path, monkeypatch):
+    from utils import run_folder
+
+    monkeypatch.setattr(time, "strftime", lambda form: "now")
+    (tmp_path / "now").mkdir()
+    (tmp_path / "now" / "journal.jsonl").touch()
+    with pytest.raises(ValueError, match="run_name: .*now exists already"):
+        run_folder(tmp_path, None, "auto", "journal.jsonl")
+    assert run_folder(tmp_path, "now", "auto", "journal.jsonl") == tmp_path / "now"
+
+
 def test_finished_run_is_left_as_it_is_or_made_longer(finished, tmp_path):
     path = copy_of(finished, tmp_path)
     before = path.read_bytes()
