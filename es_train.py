@@ -13,12 +13,13 @@ arXiv:2511.16652) makes the noise of a matrix A B^T / sqrt(rank), so that all me
 batch passes W once, as every row does, and then A and B of the member that it belongs to.
 
 Where this departs from the papers:
-- theta is kept in fp32, and the model's weights are made from it by rounding, for each member anew. The published code
-  adds noise to bf16 weights in place and subtracts it again, which leaves other weights than it found, and adds updates
-  to bf16 weights, which loses small ones.
+- theta is kept in fp32, and the model's weights are made from it by rounding: with `gaussian` for each member anew,
+  with `low_rank` once an iteration. The published code adds noise to bf16 weights in place and subtracts it again,
+  which leaves other weights than it found, and adds updates to bf16 weights, which loses small ones.
 - Each member's noise is one stream of random numbers over all parameters. The published code starts the stream anew at
   every tensor, so that layers of one shape get the same noise.
 - Members whose rewards are all equal change nothing, exactly.
+- In bf16, `low_rank` decodes with A and B rounded to bf16; the update is made of the unrounded ones.
 - `antithetic` (Salimans et al.) pairs each noise with its negative; prompts are drawn anew in every iteration.
 - What is perturbed in both modes: linear weights, embeddings (a tied head with them, once), biases, norm weights.
 
@@ -41,7 +42,7 @@ import zlib
 from typing import Literal
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from torch import nn
 from tqdm import tqdm
@@ -130,6 +131,10 @@ class ESConfig:
         check(0 <= self.seed < 2**32, "seed", self.seed, "at least 0 and less than 2^32")
         check(self.rewards, "rewards", self.rewards, "at least one reward function with its weight")
 
+    @property
+    def num_noises(self):
+        return self.population_size // 2 if self.antithetic else self.population_size
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The maths
@@ -164,9 +169,9 @@ def noise_shapes(parameters, perturbation, rank):
     }
 
 
-def noise_generators(seed, iteration, noises, device):
-    """The streams that noises (their numbers) are drawn from, parameter after parameter."""
-    return [seeded_generator(seed, "noise", iteration, noise, device=device) for noise in noises]
+def noise_generators(seed, iteration, noises, num_noises, device):
+    """The streams that some of an iteration's K noises, by their numbers, are drawn from, parameter after parameter."""
+    return [seeded_generator(seed, "noise", iteration * num_noises + noise, device) for noise in noises]
 
 
 def draw(shape, generator):
@@ -175,7 +180,7 @@ def draw(shape, generator):
 
 def weighted_noise(weight, shape, generators, coefficients):
     """sum_k coefficients_k noise_k of one parameter, fp32. generators: K, at this parameter; coefficients: K floats."""
-    if shape == tuple(weight.shape):
+    if shape == tuple(weight.shape):  # never that of factors, as out + in is more than out
         total = torch.zeros_like(weight)
         for generator, coefficient in zip(generators, coefficients, strict=True):
             total.add_(draw(shape, generator), alpha=coefficient)
@@ -224,7 +229,8 @@ def check_low_rank(model, rank):
         )
     for path, module in model.named_modules():
         kind, has_weights = type(module).__name__, any(True for _ in module.parameters(recurse=False))
-        if has_weights and not isinstance(module, (nn.Linear, nn.Embedding)) and not kind.endswith("RMSNorm"):
+        # A subclass may do more than its parent: Gemma's embedding scales what it looks up.
+        if has_weights and type(module) not in (nn.Linear, nn.Embedding) and not kind.endswith("RMSNorm"):
             raise ValueError(f"perturbation: low_rank cannot perturb {path}, a {kind}; gaussian can")
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and rank > min(parameter.shape):
@@ -286,6 +292,7 @@ class Population:
             handle.remove()
         for module, weight in self.norms.items():
             module.weight = weight
+        self.noise, self.selected = {}, {}  # memory that the update and the next population have a use for
 
     def _select(self, rows):
         self.members = rows // self.rows_per_member  # (R,) the member of each row in the batch
@@ -325,15 +332,18 @@ class Population:
 # Journal
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Keys that a run may be resumed with other values of: they change neither what was learned so far nor how it goes on.
-FREE_KEYS = ("model", "cache_dir", "device", "num_iterations", "population_batch", "eval_every")
-FREE_KEYS += ("log_dir", "run_name", "resume")
+# Keys that a run may be resumed with other values of. population_batch changes its rounding at most.
+FREE_KEYS = ("model", "cache_dir", "device", "population_batch", "eval_every", "log_dir", "run_name", "resume")
 
 
 def fingerprint(master):
-    """Eight hex digits that follow from every bit of the weights."""
-    sums = [int(weight.view(torch.int32).sum(dtype=torch.int64)) for weight in master.values()]
-    return f"{zlib.crc32(json.dumps(sums).encode()):08x}"
+    """Eight hex digits that follow from every bit of the weights: a checksum of sums over their rows and columns."""
+    checksum = 0
+    for weight in master.values():
+        bits = weight.view(torch.int32).reshape(len(weight), -1)
+        for dim in (0, 1):
+            checksum = zlib.crc32(bits.sum(dim, dtype=torch.int64).cpu().numpy().tobytes(), checksum)
+    return f"{checksum:08x}"
 
 
 class Journal:
@@ -343,6 +353,10 @@ class Journal:
     update, then one line an iteration, appended when all of the iteration is done, and flushed to disk. So a run that
     is killed at any moment loses at most the iteration that it was in.
     """
+
+    # What a state has at least: iteration 0, and those after an update.
+    KEYS = ({"iteration", "weights", "seconds", "generated_tokens", "evaluation"},)
+    KEYS += ({"iteration", "weights", "seconds", "generated_tokens", "rewards", "z", "learning_rate"},)
 
     def __init__(self, path, header):
         """Starts the journal, or reads and goes on with what is there; a last line that was cut off is dropped.
@@ -357,16 +371,17 @@ class Journal:
         for number, text in enumerate(lines):
             try:
                 line = json.loads(text)
-                iteration = line.get("iteration")
-            except (ValueError, AttributeError):
-                raise ValueError(f"resume: {path}, line {number + 1}: damaged: {text[:60]!r}") from None
+            except ValueError:
+                line = None
+            if not isinstance(line, dict) or (number > 0 and not line.keys() >= self.KEYS[number > 1]):
+                raise ValueError(f"resume: {path}, line {number + 1}: damaged: {text[:60]!r}")
             if number == 0:
                 for key in header | line:
                     ours, theirs = header.get(key), line.get(key)
                     if ours != theirs:
                         raise ValueError(f"resume: {path}: {key}: {ours!r}, but that run was started with {theirs!r}")
             else:
-                if iteration != number - 1:
+                if line["iteration"] != number - 1:
                     raise ValueError(f"resume: {path}, line {number + 1}: a line before this one is missing")
                 self.states.append(line)
         self.file = open(path, "ab")
@@ -381,21 +396,28 @@ class Journal:
 
 
 def journal_header(config, master, device):
-    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE_KEYS}
+    decays = {config.lr_schedule, config.noise_schedule} != {"constant"}
+    free = FREE_KEYS if decays else (*FREE_KEYS, "num_iterations")  # a schedule depends on where it ends
+    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in free}
     return {"starting weights": fingerprint(master), "kind of device": device.type, **values}
+
+
+def apply_update(master, shapes, iteration, z, learning_rate, config, device):
+    """The update of one iteration: what the training loop makes, and what a journal's line makes again."""
+    K = config.num_noises
+    generators = noise_generators(config.seed, iteration, range(K), K, device)
+    update_master(master, shapes, generators, z, learning_rate, config.antithetic)
 
 
 def replay(states, master, shapes, config, device):
     """Apply the updates of a journal's states to the master. ValueError if other weights come out than the run had."""
     for state in states:
         if state["iteration"] > 0:
-            noises = config.population_size // 2 if config.antithetic else config.population_size
-            generators = noise_generators(config.seed, state["iteration"] - 1, range(noises), device)
-            update_master(master, shapes, generators, state["z"], state["learning_rate"], config.antithetic)
+            apply_update(master, shapes, state["iteration"] - 1, state["z"], state["learning_rate"], config, device)
         if fingerprint(master) != state["weights"]:
             raise ValueError(
                 f"resume: iteration {state['iteration']} of the journal does not give the weights that the run had: "
-                "the line was changed, or this machine or these versions compute otherwise"
+                "the line was changed, or this CPU or GPU or these versions compute otherwise"
             )
 
 
@@ -430,12 +452,11 @@ def noise_scale_warning(base, rewards, tie_rate):
 
 def main(config):
     start = time.perf_counter()
-    # Set-up: everything that can be wrong with the input is found before the model is loaded.
+    # Set-up: everything that can be wrong with config and data is found before the model is loaded.
     accelerator = make_accelerator(config.device, "float32")  # no autocast: weights are in the dtype to compute in
-    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    world, process, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     train_set, test_items = load_problems(config, world)
     N, P = config.population_size, config.prompts_per_iteration
-    num_noises = N // 2 if config.antithetic else N
     members_at_once = config.population_batch if config.perturbation == "low_rank" else 1
     check(N >= world, "population_size", N, f"at least {world}, one for each process")
     is_main = accelerator.is_main_process
@@ -459,13 +480,14 @@ def main(config):
     shapes = noise_shapes(parameters, config.perturbation, config.rank)
 
     # Go on where the journal ends; every process makes the weights itself.
+    header = journal_header(config, master, device)
     if is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        journal = Journal(folder / "journal.jsonl", journal_header(config, master, device))
+        journal = Journal(folder / "journal.jsonl", header)
     states = broadcast_object_list([journal.states if is_main else None])[0]
     num_done = max(0, len(states) - 1)
     check(config.num_iterations >= num_done, "num_iterations", config.num_iterations, f"at least the {num_done} done")
-    replay(states, master, shapes, config, device)
+    replay(tqdm(states, "replay", disable=None if is_main else True, leave=False), master, shapes, config, device)
     write_weights(model, master)
     if is_main:  # so that the config in the folder resumes the run
         config = dataclasses.replace(config, log_dir=str(folder.parent), run_name=folder.name, resume="auto")
@@ -493,8 +515,8 @@ def main(config):
 
     def evaluate_model(step):
         progress.set_description("evaluate")
-        rows = config.population_batch * P
-        result = evaluate(model, tokenizer, test_items, test_prompts, config.max_new_tokens, rows, accelerator)
+        batch_size = config.population_batch * P
+        result = evaluate(model, tokenizer, test_items, test_prompts, config.max_new_tokens, batch_size, accelerator)
         logger.evaluation(result, step)
         log(f"iteration {step:4d}  held-out: strict {result['strict']:.1%}, lenient {result['lenient']:.1%}")
         return {"strict": result["strict"], "lenient": result["lenient"]}
@@ -502,6 +524,8 @@ def main(config):
     def commit(state):
         """What was done is done: from here on a killed run goes on after this state."""
         states.append({**state, "weights": fingerprint(master)})
+        if len(set(gather_object([states[-1]["weights"]]))) > 1:
+            raise ValueError("processes have come to different weights: they compute otherwise, as other GPUs do")
         if is_main:
             journal.append(states[-1])
 
@@ -519,13 +543,13 @@ def main(config):
         prompts, items = [train_prompts[i] for i in indices], [train_set[i] for i in indices]
 
         # 2. Perturb the weights and let every member answer; this process takes its share of the members.
-        rows = []
-        share = range(rank * N // world, (rank + 1) * N // world)
+        row_scores = []
+        share = range(process * N // world, (process + 1) * N // world)
         for first in range(0, len(share), members_at_once):
             members = share[first : first + members_at_once]
             with phase("perturb"):
                 noises, signs = zip(*(noise_of_member(member, config.antithetic) for member in members), strict=True)
-                generators = noise_generators(config.seed, iteration, noises, device)
+                generators = noise_generators(config.seed, iteration, noises, config.num_noises, device)
                 if config.perturbation == "gaussian":
                     write_member(model, master, noise_scale * signs[0], generators[0])
                     population = contextlib.nullcontext()
@@ -535,8 +559,8 @@ def main(config):
             with phase("rollout"), population as on_rows:
                 completions = answer(prompts * len(members), batch_size=len(members) * P, on_rows=on_rows, block_size=P)
             with phase("reward"):
-                rows += score_completions(config.rewards, completions, tokenizer, items * len(members))
-        scores = gather_scores(rows, device)  # of all N * P rows, member after member
+                row_scores += score_completions(config.rewards, completions, tokenizer, items * len(members))
+        scores = gather_scores(row_scores, device)  # of all N * P rows, member after member
         rewards = scores["reward"].view(N, P).double().mean(dim=1)  # (N,)
 
         # 3. How good was each member's noise? And, in the first iteration: is the noise of a sensible size?
@@ -556,8 +580,7 @@ def main(config):
 
         # 4. Update the fp32 master, and go back to it: by a copy.
         with phase("update"):
-            generators = noise_generators(config.seed, iteration, range(num_noises), device)
-            update_master(master, shapes, generators, z.tolist(), learning_rate, config.antithetic)
+            apply_update(master, shapes, iteration, z.tolist(), learning_rate, config, device)
             write_weights(model, master)
 
         # 5. Log, evaluate now and then, and write down that the iteration is done.
@@ -604,10 +627,11 @@ def main(config):
             state["evaluation"] = evaluate_model(iteration + 1)
         commit(state)
 
+    before = states[0]["evaluation"]
+    after = states[-1].get("evaluation") or evaluate_model(config.num_iterations)
     progress.close()
     if is_main:
         save_model(model, tokenizer, folder / "model")
-        before, after = states[0]["evaluation"], states[-1]["evaluation"]
         logger.hparams({"eval/strict_accuracy": after["strict"], "eval/lenient_accuracy": after["lenient"]})
         print_summary(before, after, len(test_items), states[-1]["seconds"], time.perf_counter() - start)
         print(f"TensorBoard: tensorboard --logdir={config.log_dir}\nThe result is {folder / 'model'}; to load it:")

@@ -411,7 +411,7 @@ def main(config):
     start = time.perf_counter()
     # Set-up: everything that can be wrong with the input is found before the model is loaded.
     accelerator = make_accelerator(config.device, config.dtype)
-    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    world, process, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     train_set, test_items = load_problems(config, world)
     P, G = config.prompts_per_step, config.group_size
     check(P >= world, "prompts_per_step", P, f"at least {world}, one for each process")
@@ -468,7 +468,7 @@ def main(config):
 
         # 1. Sample P prompts; this process completes its share of them, G times each.
         with phase("rollout"):
-            share = slice(rank * P // world, (rank + 1) * P // world)
+            share = slice(process * P // world, (process + 1) * P // world)
             indices = draw_indices(len(train_set), step * P, P, config.seed)[share]
             uniforms = torch.rand(
                 P * G, config.max_new_tokens, generator=seeded_generator(config.seed, "rollout", step)

@@ -182,14 +182,15 @@ def one_line_errors():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def seeded_generator(seed, stream, *indices, device="cpu"):
+def seeded_generator(seed, stream, index=0, device="cpu"):
     """A generator that follows from its arguments alone, so that a run's random numbers need no stored state.
 
-    stream: what the numbers are for, a word; indices: which of them, whole numbers such as the step
+    stream: what the numbers are for, a word; index: which of them, such as the step, less than 2^32
     """
-    keys = [seed, zlib.crc32(stream.encode()), len(indices), *indices]  # the length, as trailing zeros add no entropy
-    state = np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))  # 63 bits: torch takes a signed number
+    assert 0 <= index < 2**32, index
+    low, high = map(int, np.random.SeedSequence([seed, zlib.crc32(stream.encode())]).generate_state(2))
+    # torch's CPU generator reads the low 32 bits of a seed only. The index counts them up: no two are the same.
+    return torch.Generator(device).manual_seed((high >> 1) << 32 | (low + index) % 2**32)
 
 
 def make_accelerator(device, dtype):
@@ -432,16 +433,17 @@ def generate(
     drop_share: finished rows leave the batch once they are this share of it
     on_rows: called with the index of the prompt that each row of the batch belongs to, (rows,), whenever that changes;
         so that forward hooks can tell rows apart
-    block_size: what prompts begin with alike is computed once a block of so many (default: once), as hooks may ask for
+    block_size: how many prompts in a row the hooks treat alike. What prompts begin with is computed once a block
     The distribution sampled is softmax(logits / temperature), nothing else: the model's generation_config is not
     consulted but for its end tokens, which the caller passes as `stop_ids`. Returns Completions, on the model's device.
     """
     if num_samples > 1 and uniforms is None:
         raise ValueError("num_samples: greedy completions of a prompt are all the same; pass uniforms to sample")
     device = model.device
-    block_size = block_size or len(prompts)
+    if on_rows is not None and block_size is None:
+        raise ValueError("block_size: needed with on_rows, so that rows that differ share no computation")
     chunk = max(1, batch_size // num_samples)
-    if on_rows is not None:
+    if block_size is not None:  # whole blocks
         chunk = max(block_size, chunk - chunk % block_size)
     parts = []
     for first in range(0, len(prompts), chunk):
@@ -454,7 +456,7 @@ def generate(
                 on_rows(first + prompt_indices)
 
         settings = (max_new_tokens, stop_ids, pad_id, num_samples, noise, temperature, top_p, drop_share)
-        parts.append(_decode(model, ids, *settings, tell_rows, block_size))
+        parts.append(_decode(model, ids, *settings, tell_rows, block_size or len(ids)))
     return Completions(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
@@ -722,6 +724,7 @@ class Logger:
     def text(self, tag, markdown, step):
         if self.writer:
             self.writer.add_text(tag, markdown, step)
+            self.writer.flush()
 
     def completions(self, tag, items, texts, step):
         """A table of prompts, answers and completions. Model output is text, never markup."""
@@ -774,7 +777,7 @@ def completion_metrics(scores):
 
 
 class PhaseTimer:
-    """Seconds by phase of a step, shown on the progress bar while they pass."""
+    """Seconds by phase of a step, those of the GPU included, shown on the progress bar while they pass."""
 
     def __init__(self, progress):
         self.progress, self.seconds = progress, {}
@@ -784,6 +787,8 @@ class PhaseTimer:
         self.progress.set_description(phase)
         start = time.perf_counter()
         yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
@@ -794,10 +799,15 @@ def run_folder(log_dir, run_name, resume="never", marker=None):
     run_name, and a path take one that holds the file `marker`, which says how to go on.
     """
     if resume not in ("never", "auto"):
-        check((Path(resume) / marker).is_file(), "resume", resume, f"auto, never, or a run's folder with its {marker}")
-        return Path(resume)
+        folder = Path(resume).resolve()
+        check((folder / marker).is_file(), "resume", resume, f"auto, never, or a run's folder with its {marker}")
+        check(run_name in (None, folder.name), "run_name", run_name, f"null or {folder.name}, the run to resume")
+        return folder
     folder = Path(log_dir) / (run_name or time.strftime("%Y-%m-%d_%H-%M-%S"))
-    if folder.exists() and not (resume == "auto" and run_name and (folder / marker).is_file()):
+    begun = (
+        resume == "auto" and run_name and folder.is_dir() and ((folder / marker).is_file() or not any(folder.iterdir()))
+    )
+    if folder.exists() and not begun:
         raise ValueError(f"run_name: {folder} exists already; choose another name or delete it")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,8 @@
    countdown/es_fine-tuning_countdown.py of github.com/VsonicV/es-fine-tuning-paper does it: add noise to the weights in
    place, `model.generate` over all prompts in one batch, subtract the noise, and after the last member update in place.
    Ours are runs of es_train.py: `low_rank`, and `gaussian`, which has the same noise distribution as the published one.
-   They take turns, each from the same weights, on the same prompts and rewards.
+   They take turns, each from the same weights, on the same prompts and rewards. Rewards count on both sides; loading,
+   encoding, logging and evaluation on neither.
 2. The share of a `low_rank` iteration that is not generation, by its own log.
 3. Peak memory of one `low_rank` generation over that of a plain batch with as many rows, each in a process of its own.
 4. With --curves: held-out accuracy against training time, evaluation left out.
@@ -18,7 +19,6 @@ import contextlib
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -53,7 +53,7 @@ DEFAULTS = ROOT / "es_config.yml"
 
 
 def default_config(*overrides):
-    return load_config(es_train.ESConfig, DEFAULTS, [f"model={ROOT / 'tiny_model'}", *overrides])
+    return load_config(es_train.ESConfig, DEFAULTS, [f"model={ROOT / 'tiny_model'}", "device=cpu", *overrides])
 
 
 class Published:
@@ -64,6 +64,7 @@ class Published:
         self.model = load_model(config.model, "float32", "cpu").requires_grad_(False)
         self.tokenizer = load_tokenizer(config.model)
         self.items, self.test_items = load_problems(config, 1)
+        self.prompts = encode_prompts(self.tokenizer, [item["prompt"] for item in self.items], config.system_prompt)
         self.rng = np.random.RandomState(config.seed)
 
     def add_noise(self, seed, scale):
@@ -77,8 +78,9 @@ class Published:
         count = config.prompts_per_iteration
         indices = draw_indices(len(self.items), iteration * count, count, config.seed)
         items = [self.items[i] for i in indices]
-        prompts = encode_prompts(self.tokenizer, [item["prompt"] for item in items], config.system_prompt)
-        batch = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+        batch = self.tokenizer.pad(
+            {"input_ids": [self.prompts[i] for i in indices]}, padding_side="left", return_tensors="pt"
+        )
         length = batch["input_ids"].shape[1]
         seeds, rewards, num_tokens = self.rng.randint(0, 2**30, size=config.population_size).tolist(), [], 0
         for seed in seeds:
@@ -120,22 +122,23 @@ def run_ours(*overrides):
 
 
 def seconds_per_iteration(rounds):
-    """{way: seconds of iterations}, {way: tokens of the first}, and the shares of low_rank's phases.
+    """{way: seconds of iterations}, {way: their tokens}, and the median shares of low_rank's phases.
 
     In each round all ways make two iterations from the same weights, of which the second is timed.
     """
-    seconds, tokens, shares = {"published": [], "gaussian": [], "low_rank": []}, {}, []
+    seconds, tokens = ({"published": [], "gaussian": [], "low_rank": []} for _ in range(2))
+    shares = []
     for seed in range(rounds):
         for way in ("low_rank", "gaussian"):
             log = run_ours("num_iterations=2", "eval_size=8", f"seed={seed}", f"perturbation={way}")
             seconds[way].append(log["time/step"][2])
-            tokens[way] = log["progress/generated_tokens"][2] - log["progress/generated_tokens"][1]
+            tokens[way].append(log["progress/generated_tokens"][2] - log["progress/generated_tokens"][1])
             if way == "low_rank":
                 shares.append({phase: log[f"time/{phase}"][2] / log["time/step"][2] for phase in PHASES})
         published = Published(default_config(f"seed={seed}"))
         published.iterate(0)
         start = time.perf_counter()
-        tokens["published"] = published.iterate(1)
+        tokens["published"].append(published.iterate(1))
         seconds["published"].append(time.perf_counter() - start)
     return seconds, tokens, {phase: statistics.median(share[phase] for share in shares) for phase in PHASES}
 
@@ -144,7 +147,7 @@ PHASES = ("rollout", "perturb", "update", "reward")
 
 
 def generation_memory(way):
-    """Bytes of resident memory that generating for 32 members x 16 prompts adds at its peak."""
+    """Bytes of resident memory that generating for 32 members x 16 prompts adds at its peak. Linux only."""
     config = default_config()
     N, P = config.population_size, config.prompts_per_iteration
     model, tokenizer = load_model(config.model, "float32", "cpu").requires_grad_(False), load_tokenizer(config.model)
@@ -152,15 +155,21 @@ def generation_memory(way):
     prompts = encode_prompts(tokenizer, [train_set[i]["prompt"] for i in range(P)], config.system_prompt)
     settings = (config.max_new_tokens, stop_ids(model, tokenizer), tokenizer.pad_token_id)
     generate(model, prompts[:2], *settings)  # libraries and threads are there
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, which is that of loading or the parent's
+    before = resident_bytes("VmRSS")
     if way == "population":
         shapes = es_train.noise_shapes(dict(model.named_parameters()), "low_rank", config.rank)
         generators = es_train.noise_generators(0, 0, range(N), "cpu")
         with es_train.Population(model, shapes, generators, torch.full((N,), config.noise_scale), P) as on_rows:
-            generate(model, prompts * N, *settings, batch_size=N * P, on_rows=on_rows)
+            generate(model, prompts * N, *settings, batch_size=N * P, on_rows=on_rows, block_size=P)
     else:
         generate(model, prompts * N, *settings, batch_size=N * P)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def curves(iterations, every):
@@ -200,7 +209,9 @@ def main():
     for way, values in seconds.items():
         gain = statistics.median(p / v for p, v in zip(seconds["published"], values, strict=True))
         median, low, high = statistics.median(values), min(values), max(values)
-        print(f"| {way} | {median:.2f} ({low:.2f} to {high:.2f}) | {gain:.1f}x | {tokens[way]:,.0f} |")
+        print(
+            f"| {way} | {median:.2f} ({low:.2f} to {high:.2f}) | {gain:.1f}x | {statistics.median(tokens[way]):,.0f} |"
+        )
     print("\nlow_rank, share of an iteration: ", end="")
     print(", ".join(f"{phase} {share:.1%}" for phase, share in shares.items()))
 

@@ -3,9 +3,9 @@
     pip install matplotlib==3.11.2
     python benchmarks/grpo_and_es.py LOGS
 
-Runs each script with its default config over three seeds, one run at a time, evaluating every 5 steps; what LOGS holds
-already is not run again. Writes results/grpo_and_es.png and results/grpo_and_es.md. Time is that of training, as
-logged in `progress/seconds`: without start-up and evaluation.
+Runs each script with its default config over three seeds, ES with both perturbations (gaussian for 40 iterations only),
+one run at a time, evaluating every 5 steps; what LOGS holds already is not run again. Writes results/grpo_and_es.png
+and results/grpo_and_es.md. Time is that of training, as logged in `progress/seconds`: without start-up and evaluation.
 """
 
 import platform
@@ -85,7 +85,7 @@ def cells(curves):
 
 def table(curves):
     lines = [
-        f"| | step at {TARGET:.0%} | training time to {TARGET:.0%} | tokens generated to {TARGET:.0%} | at the end | least after |",
+        f"| | steps to {TARGET:.0%} | training time | tokens generated | at the end, mean | least after {TARGET:.0%} |",
         "|---|---|---|---|---|---|",
     ]
     return "\n".join(lines + [f"| {name} | {' | '.join(cells(runs))} |" for name, runs in curves.items()])
@@ -98,7 +98,7 @@ def draw(curves, path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
-    labels = {"seconds": "seconds of training, 2 CPU cores", "tokens": "generated tokens"}
+    labels = {"seconds": f"seconds of training, {torch.get_num_threads()} threads", "tokens": "generated tokens"}
     for axis, (key, label) in zip(axes, labels.items(), strict=True):
         for name, runs in curves.items():
             # All runs of a way evaluate at the same steps: median and range over seeds at each of them.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import EOS, PAD, make_model, random_prompts
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from es_train import (
     Population,
@@ -18,13 +18,14 @@ from es_train import (
     noise_scale_warning,
     noise_shapes,
     update_master,
+    weighted_noise,
     write_member,
     write_weights,
     z_scores,
 )
-from utils import generate, seeded_generator
+from utils import generate
 
-MEMBERS, MAX_NEW = 5, 16
+MEMBERS, MAX_NEW, STOP = 5, 16, [EOS, 7, 9]
 PROMPTS = random_prompts([3, 9, 5, 1])
 FAMILIES = {
     "qwen2": {"family": "qwen2"},  # tied head, biases in attention
@@ -68,6 +69,10 @@ def master_of(model):
     return {name: parameter.float().clone() for name, parameter in model.named_parameters()}
 
 
+def generators_of(iteration, noises, seed=0):
+    return noise_generators(seed, iteration, noises, 1000, "cpu")
+
+
 def dense_noise(model, rank, generator):
     """A member's noise by the definition: one stream, parameter after parameter, A B^T / sqrt(rank) for matrices."""
     noise = {}
@@ -94,7 +99,7 @@ def shapes_of(model, perturbation, rank=1):
 
 
 def make_population(model, rank, noises, scales, prompts=PROMPTS, iteration=3):
-    generators = noise_generators(0, iteration, noises, "cpu")
+    generators = generators_of(iteration, noises)
     return Population(model, shapes_of(model, "low_rank", rank), generators, torch.tensor(scales), len(prompts))
 
 
@@ -113,9 +118,10 @@ def test_z_scores_by_hand():
 
 
 @pytest.mark.parametrize("reward", [0.9, 0.7, -0.3, 0.0])
-def test_equal_rewards_give_z_scores_of_exactly_zero(reward):
-    # In fp32, the mean of equal numbers is not always that number: 16 x 0.9 over an epsilon gave 0.9.
-    assert not z_scores(torch.full((16,), reward)).any()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rewards_give_z_scores_of_exactly_zero(reward, dtype):
+    # The mean of equal numbers is not always that number, in double precision neither: 30 x 0.9, for one.
+    assert not z_scores(torch.full((30,), reward, dtype=dtype)).any()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -128,10 +134,13 @@ def test_reward_that_is_no_number_is_an_error_that_names_the_member(bad):
 
 
 def test_noise_keys_are_unique_over_ten_thousand_iterations():
+    # Of a seed, torch's generator on a CPU reads 32 bits: hashes of 63 collide there, ten times among so many.
+    a, b = (torch.rand(4, generator=torch.Generator().manual_seed(5 + high)) for high in (0, 2**40))
+    assert torch.equal(a, b)
     keys = {
-        seeded_generator(0, "noise", iteration, noise).initial_seed()
+        generator.initial_seed() % 2**32
         for iteration in range(10_000)
-        for noise in range(30)
+        for generator in noise_generators(0, iteration, range(30), 30, "cpu")
     }
     assert len(keys) == 300_000
 
@@ -139,14 +148,11 @@ def test_noise_keys_are_unique_over_ten_thousand_iterations():
 @pytest.mark.parametrize("perturbation", ["gaussian", "low_rank"])
 def test_noise_of_layers_members_iterations_and_seeds_is_uncorrelated(perturbation):
     model = make_model(num_hidden_layers=3, hidden_size=64)
-    shapes, rank = shapes_of(model, perturbation, 4), 4 if perturbation == "low_rank" else None
-    draws = []
+    shapes, draws = shapes_of(model, perturbation, 4), []
     for seed, iteration, member in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]:
-        (generator,) = noise_generators(seed, iteration, [member], "cpu")
+        (generator,) = generators_of(iteration, [member], seed)
         noise = {name: draw(shape, generator) for name, shape in shapes.items()}
         draws += [noise[f"model.layers.{layer}.mlp.up_proj.weight"].flatten() for layer in range(3)]
-        (generator,) = noise_generators(seed, iteration, [member], "cpu")
-        assert dense_noise(model, rank, generator).keys() == noise.keys()
     correlation = torch.corrcoef(torch.stack(draws))
     correlation.fill_diagonal_(0)
     assert correlation.abs().max() < 5 / math.sqrt(len(draws[0]))
@@ -154,17 +160,16 @@ def test_noise_of_layers_members_iterations_and_seeds_is_uncorrelated(perturbati
 
 @pytest.mark.parametrize("rank", [1, 4])
 def test_each_weights_noise_has_variance_one_a_tied_one_too(rank):
-    # Mean square of products of normal numbers over 400 draws of 64 x 32 entries.
-    shape, squares = (64 + 32, rank), []
-    for generator in noise_generators(0, 0, range(400), "cpu"):
-        A, B = draw(shape, generator).split([64, 32])
-        squares.append((A @ B.T / math.sqrt(rank)).square().mean())
+    # Mean square of products of normal numbers over 400 draws of 64 x 32 entries, as the update adds them up.
+    weight, squares = torch.zeros(64, 32), []
+    for generator in generators_of(0, range(400)):
+        squares.append(weighted_noise(weight, (64 + 32, rank), [generator], [1.0]).square().mean())
     assert torch.stack(squares).mean() == pytest.approx(1, abs=0.1)
 
     model = make_es_model("qwen2")
     model.model.embed_tokens.weight.data.zero_()
     deviations = []
-    for generator in noise_generators(0, 0, range(20), "cpu"):
+    for generator in generators_of(0, range(20)):
         write_member(model, {n: torch.zeros_like(p) for n, p in master_of(model).items()}, 0.1, generator)
         assert model.lm_head.weight is model.model.embed_tokens.weight
         deviations.append(model.lm_head.weight.flatten().clone())
@@ -183,11 +188,11 @@ def test_update_equals_the_sum_over_members_in_float64(rank, antithetic):
     expected = {name: weight.double() for name, weight in master.items()}
     for member, z_n in enumerate(z):
         number, sign = (member // 2, (1, -1)[member % 2]) if antithetic else (member, 1)
-        noise = dense_noise(model, rank, noise_generators(0, 7, [number], "cpu")[0])
+        noise = dense_noise(model, rank, generators_of(7, [number])[0])
         for name in expected:
             expected[name] += 0.1 / len(z) * z_n * sign * noise[name]
 
-    generators = noise_generators(0, 7, range(3 if antithetic else 6), "cpu")
+    generators = generators_of(7, range(3 if antithetic else 6))
     update_master(master, shapes, generators, z, 0.1, antithetic)
     for name in master:
         torch.testing.assert_close(master[name].double(), expected[name], atol=1e-6, rtol=0)
@@ -204,27 +209,39 @@ def test_equal_rewards_leave_every_bit_of_the_weights(perturbation):
     model = make_es_model("qwen2")
     master, before, shapes = master_of(model), master_of(model), shapes_of(model, perturbation)
     z = z_scores(torch.full((6,), 0.9)).tolist()
-    update_master(master, shapes, noise_generators(0, 0, range(6), "cpu"), z, 0.5, False)
+    update_master(master, shapes, generators_of(0, range(6)), z, 0.5, False)
     assert all(torch.equal(master[name], before[name]) for name in master)
 
 
 @pytest.mark.parametrize("perturbation", ["gaussian", "low_rank"])
 def test_small_updates_reach_bf16_weights_in_full_and_norm_weights_move(perturbation):
-    # A step of 1e-5 is far below bf16's spacing near most weights: added to bf16 weights, it would be lost.
+    # A hundred steps of 1e-4 a weight, all in one direction; bf16's spacing at norm weights of 1 is 0.004 to 0.008.
     model = make_model().bfloat16().requires_grad_(False)
-    start, master = master_of(model), master_of(model)
-    shapes = shapes_of(model, perturbation)
-    for iteration in range(100):
-        z = z_scores(torch.rand(8, generator=torch.Generator().manual_seed(iteration))).tolist()
-        update_master(master, shapes, noise_generators(0, iteration, range(8), "cpu"), z, 5e-3, False)
+    start, master, shapes = master_of(model), master_of(model), shapes_of(model, perturbation)
+    in_place, intended = copy.deepcopy(model), {name: torch.zeros_like(w).double() for name, w in start.items()}
+    noise = dense_noise(model, 1 if perturbation == "low_rank" else None, generators_of(0, [0])[0])
+    opposite = dense_noise(model, 1 if perturbation == "low_rank" else None, generators_of(0, [1])[0])
+    for _ in range(100):
+        update_master(master, shapes, generators_of(0, range(2)), [1.0, -1.0], 1.4e-4, False)
         write_weights(model, master)
-    realised = {name: parameter.float() - start[name] for name, parameter in model.named_parameters()}
-    intended = {name: master[name] - start[name] for name in master}
-    flat = [torch.cat([values[name].flatten() for name in intended]).double() for values in (intended, realised)]
-    assert float(flat[0] @ flat[1] / (flat[0] @ flat[0])) == pytest.approx(1, abs=0.01)
-    for name in realised:
+        for name, parameter in in_place.named_parameters():
+            step = 0.7e-4 * (noise[name] - opposite[name])
+            intended[name] += step
+            parameter.add_(step.bfloat16())
+
+    def slope(model):
+        products = torch.zeros(2, dtype=torch.float64)
+        for name, parameter in model.named_parameters():
+            realised = parameter.double() - start[name]
+            products += torch.stack([(intended[name] * realised).sum(), intended[name].square().sum()])
+        return float(products[0] / products[1])
+
+    assert slope(model) == pytest.approx(1, abs=0.01)
+    assert slope(in_place) < 0.99  # what adding to bf16 weights makes of the same steps
+    for name in start:
         if "norm" in name:
-            assert (realised[name] != 0).any(), name
+            moved, stuck = (dict(m.named_parameters())[name].float() != start[name] for m in (model, in_place))
+            assert moved.float().mean() > 0.5 and not stuck.any()
 
 
 # Members one by one
@@ -234,7 +251,7 @@ def test_small_updates_reach_bf16_weights_in_full_and_norm_weights_move(perturba
 def test_after_a_population_of_members_written_out_every_weight_is_bitwise_what_it_was(dtype):
     model = make_es_model("qwen2").to(dtype)
     before, master = copy.deepcopy(model.state_dict()), master_of(model)
-    for generator in noise_generators(0, 0, range(32), "cpu"):
+    for generator in generators_of(0, range(32)):
         write_member(model, master, 0.01, generator)
         assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters())  # every one is perturbed
     write_weights(model, master)
@@ -244,8 +261,8 @@ def test_after_a_population_of_members_written_out_every_weight_is_bitwise_what_
 def test_member_written_out_is_master_plus_scaled_noise():
     model = make_es_model("llama")
     master = master_of(model)
-    noise = dense_noise(model, None, noise_generators(0, 1, [2], "cpu")[0])
-    write_member(model, master, -0.02, noise_generators(0, 1, [2], "cpu")[0])
+    noise = dense_noise(model, None, generators_of(1, [2])[0])
+    write_member(model, master, -0.02, generators_of(1, [2])[0])
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.double(), master[name] - 0.02 * noise[name], atol=1e-6, rtol=0)
 
@@ -268,7 +285,7 @@ def test_logits_of_each_row_are_those_of_its_member_folded_into_the_weights(fami
         part = model(input_ids=ids[rows]).logits
     plain = model(input_ids=ids).logits
     for member, scale in enumerate(scales):
-        noise = dense_noise(model, rank, noise_generators(0, 3, [member], "cpu")[0])
+        noise = dense_noise(model, rank, generators_of(3, [member])[0])
         mine = slice(2 * member, 2 * member + 2)
         expected = folded(model.double(), noise, scale)(input_ids=ids[mine]).logits
         model.float()
@@ -279,21 +296,37 @@ def test_logits_of_each_row_are_those_of_its_member_folded_into_the_weights(fami
                 torch.testing.assert_close(part[i].double(), expected[row % 2], atol=2e-5, rtol=1e-4)
 
 
+def complete(model, population, num_members, prompts=PROMPTS, batch_size=256):
+    """Each member's completions, in one list: (num_members, prompts, tokens)."""
+    with population as on_rows:
+        rows = texts(
+            generate(
+                model,
+                prompts * num_members,
+                MAX_NEW,
+                STOP,
+                PAD,
+                batch_size=batch_size,
+                on_rows=on_rows,
+                block_size=len(prompts),
+            )
+        )
+    return [rows[i : i + len(prompts)] for i in range(0, len(rows), len(prompts))]
+
+
+@pytest.mark.parametrize("beginning", [0, 12], ids=["nothing-shared", "beginning-shared"])
 @pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3"])
 @pytest.mark.parametrize("rank", [1, 2])
-def test_population_in_one_batch_gives_the_tokens_of_member_after_member(family, rank):
-    model = make_es_model(family)
-    scales = [0.05, -0.05, 0.1, 0.2, -0.2]
-    with make_population(model, rank, range(MEMBERS), scales) as on_rows:
-        together = generate(model, PROMPTS * MEMBERS, MAX_NEW, [EOS, 7, 9], PAD, on_rows=on_rows)
-    lengths = together.mask.sum(1)
-    assert lengths.min() < MAX_NEW / 2 and lengths.max() == MAX_NEW  # rows left on the way
+def test_population_in_one_batch_gives_the_tokens_of_member_after_member(family, rank, beginning):
+    model, (start,) = make_es_model(family), random_prompts([beginning], seed=5)
+    prompts, scales = [start + prompt for prompt in PROMPTS], [0.05, -0.05, 0.1, 0.2, -0.2]
+    together = complete(model, make_population(model, rank, range(MEMBERS), scales), MEMBERS, prompts)
+    lengths = [len(tokens) for member in together for tokens in member]
+    assert min(lengths) < 12 and max(lengths) == MAX_NEW  # rows left on the way
     for member, scale in enumerate(scales):
-        noise = dense_noise(model, rank, noise_generators(0, 3, [member], "cpu")[0])
-        alone = generate(folded(model, noise, scale), PROMPTS, MAX_NEW, [EOS, 7, 9], PAD)
-        rows = slice(member * len(PROMPTS), (member + 1) * len(PROMPTS))
-        assert texts(together)[rows] == texts(alone)
-    assert len({str(texts(together)[i :: len(PROMPTS)]) for i in range(len(PROMPTS))}) > 1
+        noise = dense_noise(model, rank, generators_of(3, [member])[0])
+        assert together[member] == texts(generate(folded(model, noise, scale), prompts, MAX_NEW, STOP, PAD))
+    assert len(set(map(str, together))) == MEMBERS  # members differ
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -301,7 +334,7 @@ def test_population_in_one_batch_writes_nothing_to_the_model(dtype):
     model = make_es_model("qwen2").to(dtype)
     values, objects = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
     with make_population(model, 1, range(MEMBERS), [0.5] * MEMBERS) as on_rows:
-        generate(model, PROMPTS * MEMBERS, MAX_NEW, [EOS], PAD, on_rows=on_rows)
+        generate(model, PROMPTS * MEMBERS, MAX_NEW, STOP, PAD, on_rows=on_rows, block_size=len(PROMPTS))
     with pytest.raises(RuntimeError, match="interrupted"):
         with make_population(model, 1, range(MEMBERS), [0.5] * MEMBERS) as on_rows:
             on_rows(torch.arange(MEMBERS))
@@ -314,25 +347,29 @@ def test_population_in_one_batch_writes_nothing_to_the_model(dtype):
 
 
 def test_same_member_twice_in_a_population_gives_the_same_text():
-    model = make_es_model("qwen2")
-    noises = [4, 0, 1, 2, 4, 3, 4]
-    with make_population(model, 1, noises, [0.1] * len(noises)) as on_rows:
-        rows = texts(generate(model, PROMPTS * len(noises), MAX_NEW, [EOS, 7], PAD, on_rows=on_rows))
-    members = [rows[i * len(PROMPTS) : (i + 1) * len(PROMPTS)] for i in range(len(noises))]
+    model, noises = make_es_model("qwen2"), [4, 0, 1, 2, 4, 3, 4]
+    members = complete(model, make_population(model, 1, noises, [0.1] * len(noises)), len(noises))
     assert members[0] == members[4] == members[6]
     assert members[0] != members[1]
 
 
 def test_members_in_batches_of_any_size_give_the_same_tokens():
     model = make_es_model("qwen2")
-    with make_population(model, 1, range(MEMBERS), [0.1] * MEMBERS) as on_rows:
-        whole = texts(generate(model, PROMPTS * MEMBERS, MAX_NEW, [EOS], PAD, on_rows=on_rows))
-        split = texts(generate(model, PROMPTS * MEMBERS, MAX_NEW, [EOS], PAD, batch_size=3, on_rows=on_rows))
+    whole = complete(model, make_population(model, 1, range(MEMBERS), [0.1] * MEMBERS), MEMBERS)
+    passes = []
+    handle = model.register_forward_pre_hook(lambda module, args, kwargs: passes.append(kwargs), with_kwargs=True)
+    split = complete(model, make_population(model, 1, range(MEMBERS), [0.1] * MEMBERS), MEMBERS, batch_size=9)
+    handle.remove()
+    assert [len(p["input_ids"]) for p in passes if p["input_ids"].shape[1] > 1] == [8, 8, 4]  # prompts prefilled
     halves = []
     for noises in (range(2), range(2, MEMBERS)):
-        with make_population(model, 1, noises, [0.1] * len(noises)) as on_rows:
-            halves += texts(generate(model, PROMPTS * len(noises), MAX_NEW, [EOS], PAD, on_rows=on_rows))
+        halves += complete(model, make_population(model, 1, noises, [0.1] * len(noises)), len(noises))
     assert whole == split == halves
+
+
+def test_rows_that_hooks_treat_differently_need_their_blocks_named():
+    with pytest.raises(ValueError, match="block_size: needed with on_rows"):
+        generate(make_model(), PROMPTS, MAX_NEW, STOP, PAD, on_rows=print)
 
 
 # What low_rank cannot do
@@ -348,6 +385,9 @@ def test_models_that_low_rank_cannot_perturb_whole_are_named():
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16, n_positions=8))
     with pytest.raises(ValueError, match=r"perturbation: low_rank cannot perturb transformer.h.0.ln_1, a LayerNorm"):
         check_low_rank(gpt2, 1)
+    gemma = GemmaForCausalLM(GemmaConfig(num_hidden_layers=1, hidden_size=8, vocab_size=16, num_attention_heads=1))
+    with pytest.raises(ValueError, match="cannot perturb model.embed_tokens, a GemmaTextScaledWordEmbedding"):
+        check_low_rank(gemma, 1)
     with pytest.raises(
         ValueError, match=r"perturbation: low_rank, but Biases has no Linear layers; gaussian needs none"
     ):

@@ -295,9 +295,22 @@ def test_finished_run_is_left_as_it_is_or_made_longer(finished, tmp_path):
     train(tmp_path, "run", *RESUME)
     assert path.read_bytes() == before
     assert_same_weights(tmp_path / "run", finished)
-    train(tmp_path, "run", "num_iterations=6", "lr_schedule=linear")
-    assert len(journal(tmp_path / "run")) == 8 and path.read_bytes().startswith(before)
-    assert not torch.equal(weights(tmp_path / "run")["model.norm.weight"], weights(finished)["model.norm.weight"])
+
+    first = train(tmp_path, "longer", "num_iterations=3")
+    before = (first / "journal.jsonl").read_bytes()
+    train(tmp_path, "longer", "num_iterations=5")
+    assert (first / "journal.jsonl").read_bytes().startswith(before)
+    assert_same_weights(first, train(tmp_path, "at once", "num_iterations=5"))
+
+
+def test_run_may_end_where_it_was_stopped(tmp_path, capsys):
+    folder = train(tmp_path, "run", "num_iterations=4", "eval_every=4")
+    path = folder / "journal.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))  # iteration 3 was not evaluated
+    shutil.rmtree(folder / "model")
+    train(tmp_path, "run", "num_iterations=3", "eval_every=4")
+    assert "iteration    3  held-out" in capsys.readouterr().out
+    assert_same_weights(folder, train(tmp_path, "other", "num_iterations=3"))
 
 
 def test_saved_config_resumes_the_run_and_so_does_its_folder(finished, tmp_path):
@@ -325,11 +338,13 @@ def edit_line(number, change):
 
 BAD_JOURNALS = {
     "line removed": (lambda lines: lines[:3] + lines[4:], "line 4: a line before this one is missing"),
-    "header removed": (lambda lines: lines[1:], "starting weights: '39789197', but that run was started with None"),
+    "header removed": (lambda lines: lines[1:], "but that run was started with None"),
     "damaged": (lambda lines: lines[:3] + [b'{"iteration": 2, "rew\n'] + lines[4:], "line 4: damaged: "),
     "not json": (lambda lines: [b"\xff\x00\n"] + lines[1:], "line 1: damaged: "),
     "list": (lambda lines: lines[:2] + [b"[1, 2]\n"] + lines[3:], "line 3: damaged: "),
     "other z": (edit_line(3, lambda line: line["z"].reverse()), "iteration 2 of the journal does not give the weights"),
+    "no z": (edit_line(3, lambda line: line.pop("z")), "line 4: damaged: "),
+    "no evaluation": (edit_line(1, lambda line: line.pop("evaluation")), "line 2: damaged: "),
     "other rate": (edit_line(2, lambda line: line.update(learning_rate=1)), "iteration 1 of the journal does not give"),
 }
 
@@ -352,16 +367,23 @@ def test_damaged_journal_is_named_and_left_alone(finished, tmp_path, case):
         (["noise_scale=0.02"], "noise_scale: 0.02, but that run was started with 0.03"),
         (["seed=1"], "seed: 1, but that run was started with 0"),
         (["dataset_args={max_operators: 2}"], "dataset_args: {'max_operators': 2}, but that run was started with {}"),
-        (["num_iterations=4"], "num_iterations: 4, expected at least the 5 done"),
+        (["num_iterations=6"], "num_iterations: 6, but that run was started with 5"),  # its schedule ends there
         (["resume=never"], "exists already; choose another name or delete it"),
+        (["resume=RUN", "run_name=other"], "run_name: 'other', expected null or run, the run to resume"),
         (["resume=nowhere"], "resume: 'nowhere', expected auto, never, or a run's folder with its journal.jsonl"),
     ],
 )
 def test_journal_of_another_config_is_refused_and_the_key_named(finished, tmp_path, overrides, message):
     copy_of(finished, tmp_path)
     with pytest.raises(ValueError) as error:
-        train(tmp_path, "run", *RESUME, *overrides)
+        train(tmp_path, "run", *RESUME, *(o.replace("RUN", str(tmp_path / "run")) for o in overrides))
     assert message in str(error.value)
+
+
+def test_fewer_iterations_than_were_done_are_refused(tmp_path):
+    train(tmp_path, "run")
+    with pytest.raises(ValueError, match="num_iterations: 2, expected at least the 3 done"):
+        train(tmp_path, "run", "num_iterations=2")
 
 
 def test_journal_of_another_model_is_refused(finished, tmp_path):
@@ -370,10 +392,38 @@ def test_journal_of_another_model_is_refused(finished, tmp_path):
     model.model.norm.weight.data[0] += 1e-3
     model.save_pretrained(tmp_path / "other")
     load_tokenizer(TINY).save_pretrained(tmp_path / "other")
-    with pytest.raises(
-        ValueError, match=r"resume: .*: starting weights: '\w{8}', but that run was started with '39789197'"
-    ):
+    with pytest.raises(ValueError, match=r"resume: .*: starting weights: '\w{8}', but that run was started with '"):
         train(tmp_path, "run", *RESUME, f"model={tmp_path / 'other'}")
+
+
+def test_any_changed_bit_changes_the_fingerprint():
+    generator = torch.Generator().manual_seed(0)
+    master = {"matrix": torch.randn(5, 7, generator=generator), "vector": torch.randn(9, generator=generator)}
+    prints = {es_train.fingerprint(master)}
+    changes = 0
+    for name, weight in master.items():
+        for i in range(weight.numel()):
+            for bit in (0, 13, 30):
+                changed = weight.clone()
+                changed.view(torch.int32).view(-1)[i] ^= 1 << bit
+                prints.add(es_train.fingerprint({**master, name: changed}))
+                changes += 1
+    swapped = master["matrix"].clone()
+    swapped[0, :2] = swapped[0, :2].flip(0)
+    prints |= {es_train.fingerprint({**master, "matrix": swapped}), es_train.fingerprint({"matrix": master["matrix"]})}
+    assert len(prints) == 1 + changes + 2
+
+
+def test_processes_that_come_to_different_weights_stop(tmp_path, monkeypatch):
+    monkeypatch.setattr(es_train, "gather_object", lambda objects: [*objects, "00000000"])
+    with pytest.raises(ValueError, match="processes have come to different weights"):
+        train(tmp_path, "run")
+
+
+def test_folder_left_empty_by_a_kill_is_begun_anew(tmp_path):
+    (tmp_path / "run").mkdir()
+    train(tmp_path, "run", "num_iterations=1")
+    assert len(journal(tmp_path / "run")) == 3
 
 
 def test_folder_that_is_no_run_is_left_alone(tmp_path):

@@ -170,7 +170,7 @@ def test_mask_truncated_takes_cut_rows_and_no_others_out_of_the_loss(tmp_path, m
         return honest(prompts, completions, advantages, weights, *rest)
 
     monkeypatch.setattr(grpo_train, "make_micro_batches", spy)
-    train(tmp_path, "run", "max_new_tokens=20", f"mask_truncated={masked}", "kl_weight=0.1")
+    train(tmp_path, "run", "prompts_per_step=12", "max_new_tokens=16", f"mask_truncated={masked}", "kl_weight=0.1")
     for truncated, weights, lengths in seen:
         assert truncated.any() and not truncated.all()
         counted = ~truncated if masked else torch.ones_like(truncated)
@@ -212,7 +212,8 @@ def test_two_processes_take_the_step_of_one_with_hugging_face_datasets_installed
     assert one.keys() == two.keys()
     for tag in one:
         if not tag.startswith(("time/", "throughput/", "progress/seconds")):
-            assert [v for _, v in two[tag]] == pytest.approx([v for _, v in one[tag]], rel=1e-4, abs=1e-6), tag
+            rounding = 1e-5 if "sampler_gap" in tag else 1e-6  # that tag is nothing but rounding
+            assert [v for _, v in two[tag]] == pytest.approx([v for _, v in one[tag]], rel=1e-4, abs=rounding), tag
     weights = [load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("one", "two")]
     for name in weights[0]:
         torch.testing.assert_close(weights[1][name], weights[0][name], atol=2e-5, rtol=1e-3)
@@ -347,9 +348,7 @@ def test_every_epoch_holds_every_item_once_in_an_order_of_its_own():
 
 
 def test_generators_of_different_streams_and_indices_differ():
-    keys = [
-        (seed, stream, *rest) for seed in (0, 1) for stream in ("data", "rollout") for rest in ((), (0,), (1,), (0, 0))
-    ]
+    keys = [(seed, stream, index) for seed in (0, 1) for stream in ("data", "rollout") for index in (0, 1, 2**32 - 1)]
     draws = [tuple(torch.rand(4, generator=seeded_generator(*key)).tolist()) for key in keys]
     assert len(set(draws)) == len(keys)
     assert draws[0] == tuple(torch.rand(4, generator=seeded_generator(*keys[0])).tolist())
@@ -377,7 +376,7 @@ def test_evaluation_is_greedy_and_counts_strict_and_lenient():
     items = [{"prompt": f"{w} {a}+4", "answer": str(a + 4)} for w in wordings for a in range(1, 7)]
     prompts = encode_prompts(tokenizer, [item["prompt"] for item in items], "")
     results = [evaluate(model, tokenizer, items, prompts, 48, size, accelerator) for size in (3, 99)]
-    assert [result | {"seconds": 0} for result in results[:1]] == [result | {"seconds": 0} for result in results[1:]]
+    assert results[0] | {"seconds": 0} == results[1] | {"seconds": 0}
     assert 0 < results[0]["strict"] < results[0]["lenient"] <= 1
     wrong = [{**item, "answer": "1000"} for item in items]
     result = evaluate(model, tokenizer, wrong, prompts, 48, 99, accelerator)
