@@ -75,6 +75,7 @@ def test_hooks_are_told_which_prompt_each_row_of_every_forward_pass_belongs_to(b
     prompts = [start + rest for rest in random_prompts([3, 9, 5, 1, 2, 6])]
     uniforms = torch.rand(6 * num_samples, MAX_NEW, generator=torch.Generator().manual_seed(1))
     biases = 3 * torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
+    biases[:, EOS] = biases.amax(1)
     now = {}
 
     def add_bias(module, inputs, output):
@@ -89,6 +90,8 @@ def test_hooks_are_told_which_prompt_each_row_of_every_forward_pass_belongs_to(b
     split = complete(prompts, uniforms, on_rows=lambda rows: now.update(prompts=rows), block_size=2, batch_size=3)
     handle.remove()
     assert torch.equal(together.tokens, split.tokens)
+    lengths = together.mask.sum(1)
+    assert lengths.min() < lengths.max() / 2  # rows left on the way
     for prompt in range(6):
         rows = slice(prompt * num_samples, (prompt + 1) * num_samples)
         handle = model.lm_head.register_forward_hook(lambda m, i, output, b=biases[prompt // 2]: output + b)
