@@ -12,6 +12,7 @@ from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadMo
 from es_train import (
     Population,
     check_low_rank,
+    displacement,
     draw,
     noise_generators,
     noise_of_member,
@@ -242,6 +243,14 @@ def test_small_updates_reach_bf16_weights_in_full_and_norm_weights_move(perturba
         if "norm" in name:
             moved, stuck = (dict(m.named_parameters())[name].float() != start[name] for m in (model, in_place))
             assert moved.float().mean() > 0.5 and not stuck.any()
+
+
+def test_displacement_by_hand():
+    # The master went 3 and 4 from 1 and 2, distance 5; of that the model shows the 3 only: slope 3 * 3 / 5^2.
+    start, master = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}, {}
+    master["a"], master["b"] = torch.tensor([4.0]), torch.tensor([6.0])
+    assert displacement({"a": torch.tensor([4.0]), "b": torch.tensor([2.0])}, master, start) == pytest.approx((5, 0.36))
+    assert displacement(start, start, start) == (0, 1)
 
 
 # Members one by one
