@@ -159,7 +159,7 @@ def generation_memory(way):
     before = resident_bytes("VmRSS")
     if way == "population":
         shapes = es_train.noise_shapes(dict(model.named_parameters()), "low_rank", config.rank)
-        generators = es_train.noise_generators(0, 0, range(N), "cpu")
+        generators = es_train.noise_generators(0, 0, range(N), N, "cpu")
         with es_train.Population(model, shapes, generators, torch.full((N,), config.noise_scale), P) as on_rows:
             generate(model, prompts * N, *settings, batch_size=N * P, on_rows=on_rows, block_size=P)
     else:
