@@ -263,6 +263,10 @@ def test_after_a_population_of_members_written_out_every_weight_is_bitwise_what_
     for generator in generators_of(0, range(32)):
         write_member(model, master, 0.01, generator)
         assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters())  # every one is perturbed
+    fresh = copy.deepcopy(model)  # the last member does not depend on those before it
+    write_weights(fresh, master)
+    write_member(fresh, master, 0.01, generators_of(0, [31])[0])
+    assert all(torch.equal(p, fresh.get_parameter(n)) for n, p in model.named_parameters())
     write_weights(model, master)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
