@@ -202,6 +202,30 @@ def update_master(master, shapes, generators, z, learning_rate, antithetic):
         weight.add_(total, alpha=learning_rate / len(z))
 
 
+def displacement(parameters, master, theta_0):
+    """||theta - theta_0||, and the slope of the model's displacement from theta_0 on the master's: 1 if no update was
+    lost to rounding. Arguments: {name: tensor} each."""
+    products = torch.zeros(2, device=next(iter(master.values())).device, dtype=torch.float64)
+    for name, start in theta_0.items():
+        intended, realised = master[name] - start.float(), parameters[name].float() - start.float()
+        products += torch.stack([intended.square().sum(), (intended * realised).sum()])
+    square, product = products.tolist()
+    return math.sqrt(square), product / square if square > 0 else 1.0
+
+
+def noise_scale_warning(base, rewards, tie_rate):
+    """What is wrong with the noise scale by the members' rewards (N,) beside that of the model as it is, or None."""
+    mean = float(rewards.mean())
+    if base - mean > 0.5 * abs(base):
+        return f"noise_scale is too large: noise takes the mean reward from {base:.3f} to {mean:.3f}, a collapse"
+    if tie_rate > 0.5:
+        return (
+            f"noise_scale is too small, or the reward too rare: {tie_rate:.0%} of all pairs of members have the same "
+            "reward, which says little about their noise"
+        )
+    return None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Members
 # ----------------------------------------------------------------------------------------------------------------------
@@ -424,30 +448,6 @@ def replay(states, master, shapes, config, device):
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def displacement(parameters, master, theta_0):
-    """||theta - theta_0||, and the slope of the model's displacement from theta_0 on the master's: 1 if no update was
-    lost to rounding. Arguments: {name: tensor} each."""
-    products = torch.zeros(2, device=next(iter(master.values())).device, dtype=torch.float64)
-    for name, start in theta_0.items():
-        intended, realised = master[name] - start.float(), parameters[name].float() - start.float()
-        products += torch.stack([intended.square().sum(), (intended * realised).sum()])
-    square, product = products.tolist()
-    return math.sqrt(square), product / square if square > 0 else 1.0
-
-
-def noise_scale_warning(base, rewards, tie_rate):
-    """What is wrong with the noise scale by the members' rewards (N,) beside that of the model as it is, or None."""
-    mean = float(rewards.mean())
-    if base - mean > 0.5 * abs(base):
-        return f"noise_scale is too large: noise takes the mean reward from {base:.3f} to {mean:.3f}, a collapse"
-    if tie_rate > 0.5:
-        return (
-            f"noise_scale is too small, or the reward too rare: {tie_rate:.0%} of all pairs of members have the same "
-            "reward, which says little about their noise"
-        )
-    return None
 
 
 def main(config):
