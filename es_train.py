@@ -34,11 +34,8 @@ Letters in shapes: N members, M of them in a batch, K noises (N, or N / 2 in ant
 import contextlib
 import dataclasses
 import functools
-import json
 import math
-import os
 import time
-import zlib
 from typing import Literal
 
 import torch
@@ -48,28 +45,46 @@ from torch import nn
 from tqdm import tqdm
 
 from utils import (
+    AppendedFile,
+    HalvingSize,
     Logger,
     PhaseTimer,
     check,
+    check_processes_agree,
     check_prompt_lengths,
+    check_same_run,
+    check_skipped,
     completion_metrics,
+    config_text,
     draw_indices,
     encode_prompts,
     evaluate,
+    fingerprint,
     gather_scores,
     generate,
     load_model,
     load_problems,
     load_tokenizer,
     make_accelerator,
+    newest_checkpoint,
+    non_finite,
+    open_run_folder,
     print_summary,
+    resume_command,
     run_folder,
     run_from_command_line,
-    save_model,
+    run_identity,
+    save_checkpoint,
     schedule_factor,
     score_completions,
+    seal,
+    seed_libraries,
     seeded_generator,
     stop_ids,
+    unseal,
+    whole_folder,
+    write_file,
+    write_model,
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -102,11 +117,14 @@ class ESConfig:
     # Update
     learning_rate: float = 6e-3
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    max_skipped_steps: int = 10
     # Memory and speed
     population_batch: int = 32
-    # Evaluation, logs, seed
+    # Evaluation, checkpoints, logs, seed
     eval_size: int = 512
     eval_every: int = 10
+    checkpoint_every: int = 20
+    keep_checkpoints: int = 2
     log_dir: str = "es_logs"
     run_name: str | None = None
     resume: str = "auto"
@@ -118,9 +136,12 @@ class ESConfig:
             "prompts_per_iteration": 1,
             "max_new_tokens": 1,
             "rank": 1,
+            "max_skipped_steps": 1,
             "population_batch": 1,
             "eval_size": 1,
             "eval_every": 1,
+            "checkpoint_every": 1,
+            "keep_checkpoints": 1,
         }.items():
             check(getattr(self, key) >= low, key, getattr(self, key), f"at least {low}")
         N = self.population_size
@@ -356,74 +377,48 @@ class Population:
 # Journal
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Keys that a run may be resumed with other values of. population_batch changes its rounding at most.
-FREE_KEYS = ("model", "cache_dir", "device", "population_batch", "eval_every", "log_dir", "run_name", "resume")
-
-
-def fingerprint(master):
-    """Eight hex digits that follow from every bit of the weights: a checksum of sums over their rows and columns."""
-    checksum = 0
-    for weight in master.values():
-        bits = weight.view(torch.int32).reshape(len(weight), -1)
-        for dim in (0, 1):
-            checksum = zlib.crc32(bits.sum(dim, dtype=torch.int64).cpu().numpy().tobytes(), checksum)
-    return f"{checksum:08x}"
-
 
 class Journal:
     """`journal.jsonl`: what it takes to make a run's weights again, bit for bit, from those that it started from.
 
     The first line is the header: what the run is. Each further line is a state of the weights: iteration 0, before any
     update, then one line an iteration, appended when all of the iteration is done, and flushed to disk. So a run that
-    is killed at any moment loses at most the iteration that it was in.
+    is killed at any moment loses at most the iteration that it was in. Every line holds a digest of itself.
     """
 
-    # What a state has at least: iteration 0, and those after an update.
-    KEYS = ({"iteration", "weights", "seconds", "generated_tokens", "evaluation"},)
-    KEYS += ({"iteration", "weights", "seconds", "generated_tokens", "rewards", "z", "learning_rate"},)
-
-    def __init__(self, path, header):
+    def __init__(self, folder, identity):
         """Starts the journal, or reads and goes on with what is there; a last line that was cut off is dropped.
 
-        ValueError, naming key or line, if it is the journal of another run than `header` says, or if a line is missing
-        or damaged.
+        ValueError, naming key or line, if it is the journal of another run than `identity` says, or if a line is
+        missing or damaged.
         """
+        path = folder / "journal.jsonl"
         self.states = []
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         if lines and not lines[-1].endswith(b"\n"):
             lines.pop()
+        if not lines:
+            if (folder / "config.yml").exists():  # which is written after the header
+                raise ValueError(f"resume: {path} is empty or missing, though this run had begun: start another")
+            lines = [seal(identity)]
+            write_file(path, lines[0])
         for number, text in enumerate(lines):
             try:
-                line = json.loads(text)
+                line = unseal(text)
             except ValueError:
-                line = None
-            if not isinstance(line, dict) or (number > 0 and not line.keys() >= self.KEYS[number > 1]):
-                raise ValueError(f"resume: {path}, line {number + 1}: damaged: {text[:60]!r}")
+                raise ValueError(f"resume: {path}, line {number + 1}: damaged: {text[:60]!r}") from None
             if number == 0:
-                for key in header | line:
-                    ours, theirs = header.get(key), line.get(key)
-                    if ours != theirs:
-                        raise ValueError(f"resume: {path}: {key}: {ours!r}, but that run was started with {theirs!r}")
+                check_same_run(identity, line, path)
+            elif line["iteration"] != number - 1:
+                raise ValueError(f"resume: {path}, line {number + 1}: a line before this one is missing")
             else:
-                if line["iteration"] != number - 1:
-                    raise ValueError(f"resume: {path}, line {number + 1}: a line before this one is missing")
                 self.states.append(line)
-        self.file = open(path, "ab")
-        self.file.truncate(sum(map(len, lines)))
-        if not lines:
-            self.append(header)
+        with open(path, "ab") as file:
+            file.truncate(sum(map(len, lines)))
+        self.file = AppendedFile(path)
 
-    def append(self, line):
-        self.file.write(json.dumps(line).encode() + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-
-def journal_header(config, master, device):
-    decays = {config.lr_schedule, config.noise_schedule} != {"constant"}
-    free = FREE_KEYS if decays else (*FREE_KEYS, "num_iterations")  # a schedule depends on where it ends
-    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in free}
-    return {"starting weights": fingerprint(master), "kind of device": device.type, **values}
+    def append(self, state):
+        self.file.append(seal(state), sync=True)
 
 
 def apply_update(master, shapes, iteration, z, learning_rate, config, device):
@@ -441,7 +436,7 @@ def replay(states, master, shapes, config, device):
         if fingerprint(master) != state["weights"]:
             raise ValueError(
                 f"resume: iteration {state['iteration']} of the journal does not give the weights that the run had: "
-                "the line was changed, or this CPU or GPU or these versions compute otherwise"
+                "this CPU or GPU, or these versions, compute otherwise"
             )
 
 
@@ -450,7 +445,8 @@ def replay(states, master, shapes, config, device):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def main(config):
+def main(config, stop_requested=lambda: False):
+    """Train. stop_requested: asked before every iteration; True ends the run there, to be resumed later."""
     start = time.perf_counter()
     # Set-up: everything that can be wrong with config and data is found before the model is loaded.
     accelerator = make_accelerator(config.device, "float32")  # no autocast: weights are in the dtype to compute in
@@ -460,9 +456,13 @@ def main(config):
     members_at_once = config.population_batch if config.perturbation == "low_rank" else 1
     check(N >= world, "population_size", N, f"at least {world}, one for each process")
     is_main = accelerator.is_main_process
-    folder = run_folder(config.log_dir, config.run_name, config.resume, "journal.jsonl") if is_main else None
+    folder = run_folder(config, "journal.jsonl") if is_main else None
 
     model = load_model(config.model, config.dtype, device, config.cache_dir)
+    free_keys = {"population_batch"}  # changes the rounding at most
+    if config.lr_schedule == config.noise_schedule == "constant":  # else they depend on where the run ends
+        free_keys.add("num_iterations")
+    identity = {"kind of device": device.type, **run_identity(config, model, free_keys)}
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
     model.requires_grad_(False)
@@ -479,19 +479,28 @@ def main(config):
     master = {name: parameter.float().clone() for name, parameter in parameters.items()}
     shapes = noise_shapes(parameters, config.perturbation, config.rank)
 
-    # Go on where the journal ends; every process makes the weights itself.
-    header = journal_header(config, master, device)
+    # Go on where the journal ends: from the newest checkpoint that is whole, or from the start, make its updates again.
+    states, checkpoint = [], None
     if is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        journal = Journal(folder / "journal.jsonl", header)
-    states = broadcast_object_list([journal.states if is_main else None])[0]
-    num_done = max(0, len(states) - 1)
+        config, lock = open_run_folder(folder, config)
+        journal = Journal(folder, identity)
+        states = journal.states
+        checkpoint = newest_checkpoint(folder, len(states) - 1)
+        write_file(folder / "config.yml", config_text(config).encode())  # with which --config resumes the run
+    folder, states, checkpoint = broadcast_object_list([folder, states, checkpoint])
+    num_done, num_made = max(0, len(states) - 1), -1
     check(config.num_iterations >= num_done, "num_iterations", config.num_iterations, f"at least the {num_done} done")
-    replay(tqdm(states, "replay", disable=None if is_main else True, leave=False), master, shapes, config, device)
+    if checkpoint:
+        path, num_made = checkpoint[0] / "model", checkpoint[1]["iteration"]
+        saved = dict(load_model(str(path), "float32", "cpu").named_parameters())
+        for name, weight in master.items():
+            weight.copy_(saved[name])
+        if fingerprint(master) != states[num_made]["weights"]:
+            raise ValueError(f"resume: {path} does not hold the weights that the run had at iteration {num_made}")
+    missing = tqdm(states[num_made + 1 :], "replay", disable=None if is_main else True, leave=False)
+    replay(missing, master, shapes, config, device)
     write_weights(model, master)
-    if is_main:  # so that the config in the folder resumes the run
-        config = dataclasses.replace(config, log_dir=str(folder.parent), run_name=folder.name, resume="auto")
-    logger = Logger(folder, config, first_step=len(states))
+    logger = Logger(folder if is_main else None, config, first_step=len(states))
     num_total = sum(p.numel() for p in parameters.values())
     accelerator.print(
         f"{config.model}: {num_total:,} parameters, all of them trained, on {world} x {device.type}, "
@@ -500,7 +509,7 @@ def main(config):
         f"{config.num_iterations} iterations of {N} members x {P} prompts, up to {config.max_new_tokens} tokens each, "
         f"{config.perturbation} noise -> {folder}"
     )
-    if num_done:
+    if states:
         accelerator.print(f"going on after iteration {num_done}")
 
     answer = functools.partial(
@@ -512,10 +521,10 @@ def main(config):
     )
     progress = tqdm(total=config.num_iterations, initial=num_done, disable=None if is_main else True)
     log = progress.write if is_main else lambda text: None
+    batch_size = HalvingSize("population_batch", config.population_batch * P)
 
     def evaluate_model(step):
         progress.set_description("evaluate")
-        batch_size = config.population_batch * P
         result = evaluate(model, tokenizer, test_items, test_prompts, config.max_new_tokens, batch_size, accelerator)
         logger.evaluation(result, step)
         log(f"iteration {step:4d}  held-out: strict {result['strict']:.1%}, lenient {result['lenient']:.1%}")
@@ -524,15 +533,29 @@ def main(config):
     def commit(state):
         """What was done is done: from here on a killed run goes on after this state."""
         states.append({**state, "weights": fingerprint(master)})
-        if len(set(gather_object([states[-1]["weights"]]))) > 1:
-            raise ValueError("processes have come to different weights: they compute otherwise, as other GPUs do")
+        check_processes_agree(states[-1]["weights"], accelerator)
         if is_main:
             journal.append(states[-1])
 
-    if not states:
-        commit({"iteration": 0, "seconds": 0.0, "generated_tokens": 0, "evaluation": evaluate_model(0)})
+    def save():
+        """A checkpoint of the weights as they are now; returns what is wrong if it cannot be saved."""
+        progress.set_description("save")
+        state = {"iteration": len(states) - 1, "weights": states[-1]["weights"]}
 
-    for iteration in range(len(states) - 1, config.num_iterations):
+        def write(path):
+            write_model(model, tokenizer, path / "model", master)
+
+        return save_checkpoint(folder, state["iteration"], state, config.keep_checkpoints, write) if is_main else None
+
+    unsaved = None
+    if not states:
+        state = {"iteration": 0, "seconds": 0.0, "generated_tokens": 0, "skipped_steps": 0, "skipped_in_a_row": 0}
+        commit({**state, "evaluation": evaluate_model(0)})
+
+    for iteration in range(num_done, config.num_iterations):
+        if any(gather_object([stop_requested()])):
+            break
+        seed_libraries(config.seed, iteration, process)
         phase = PhaseTimer(progress)
         iteration_start = time.perf_counter()
         noise_scale = config.noise_scale * schedule_factor(config.noise_schedule, iteration, config.num_iterations, 0)
@@ -557,20 +580,21 @@ def main(config):
                     scales = noise_scale * torch.tensor(signs, device=device)
                     population = Population(model, shapes, generators, scales, P)
             with phase("rollout"), population as on_rows:
-                completions = answer(prompts * len(members), batch_size=len(members) * P, on_rows=on_rows, block_size=P)
+                completions = answer(prompts * len(members), batch_size=batch_size, on_rows=on_rows, block_size=P)
             with phase("reward"):
                 row_scores += score_completions(config.rewards, completions, tokenizer, items * len(members))
         scores = gather_scores(row_scores, device)  # of all N * P rows, member after member
         rewards = scores["reward"].view(N, P).double().mean(dim=1)  # (N,)
 
         # 3. How good was each member's noise? And, in the first iteration: is the noise of a sensible size?
-        z = z_scores(rewards)
+        skipped = non_finite(scores)  # why this iteration makes no update
+        z = torch.zeros(N) if skipped else z_scores(rewards)
         ties = (rewards[:, None] == rewards).double()  # (N, N)
         tie_rate = float((ties.sum() - N) / (N * (N - 1)))
         if iteration == 0:
             with phase("preflight"):
                 write_weights(model, master)
-                completions = answer(prompts, batch_size=P)
+                completions = answer(prompts, batch_size=batch_size)
                 base = gather_scores(score_completions(config.rewards, completions, tokenizer, items), device)["reward"]
             logger.scalars({"es/unperturbed_reward": base.mean()}, 1)
             log(f"mean reward of the model as it is {base.mean():.3f}, of its perturbed members {rewards.mean():.3f}")
@@ -583,16 +607,18 @@ def main(config):
             apply_update(master, shapes, iteration, z.tolist(), learning_rate, config, device)
             write_weights(model, master)
 
-        # 5. Log, evaluate now and then, and write down that the iteration is done.
+        # 5. Log, evaluate now and then, write down that the iteration is done, and save a checkpoint now and then.
         seconds = time.perf_counter() - iteration_start
         state = {
             "iteration": iteration + 1,
-            "rewards": rewards.tolist(),
+            "rewards": None if skipped else rewards.tolist(),
             "z": z.tolist(),
             "noise_scale": noise_scale,
             "learning_rate": learning_rate,
             "seconds": states[-1]["seconds"] + seconds,
             "generated_tokens": states[-1]["generated_tokens"] + int(scores["length"].sum()),
+            "skipped_steps": states[-1]["skipped_steps"] + bool(skipped),
+            "skipped_in_a_row": states[-1]["skipped_in_a_row"] + 1 if skipped else 0,
         }
         distance, slope = displacement(parameters, master, theta_0)
         metrics = {
@@ -606,6 +632,7 @@ def main(config):
             "es/update_slope": slope,
             "es/noise_scale": noise_scale,
             "optim/learning_rate": learning_rate,
+            "optim/skipped_steps": state["skipped_steps"],
             "time/step": seconds,
             **{f"time/{name}": value for name, value in phase.seconds.items()},
             "throughput/tokens_per_second": scores["length"].sum() / seconds,
@@ -623,22 +650,43 @@ def main(config):
             f"{metrics['throughput/tokens_per_second']:.0f} tokens/s"
         )
         progress.update()
+        if skipped:
+            log(f"iteration {iteration + 1} skipped: {skipped}")
+            check_skipped(state["skipped_in_a_row"], config.max_skipped_steps, skipped, folder)
         if (iteration + 1) % config.eval_every == 0 or iteration + 1 == config.num_iterations:
             state["evaluation"] = evaluate_model(iteration + 1)
         commit(state)
+        if (iteration + 1) % config.checkpoint_every == 0 or iteration + 1 == config.num_iterations:
+            unsaved = save()
 
-    before = states[0]["evaluation"]
-    after = states[-1].get("evaluation") or evaluate_model(config.num_iterations)
-    progress.close()
-    if is_main:
-        save_model(model, tokenizer, folder / "model")
-        logger.hparams({"eval/strict_accuracy": after["strict"], "eval/lenient_accuracy": after["lenient"]})
+    if len(states) - 1 < config.num_iterations:  # asked to stop
+        unsaved = save()
+        progress.close()
+        accelerator.print(f"stopped after iteration {len(states) - 1}; to go on:\n    {resume_command(folder)}")
+    else:
+        before = states[0]["evaluation"]
+        after = states[-1].get("evaluation") or evaluate_model(config.num_iterations)
+        progress.close()
+    if is_main and len(states) - 1 == config.num_iterations:
+        accuracy = {"eval/strict_accuracy": after["strict"], "eval/lenient_accuracy": after["lenient"]}
+        logger.hparams(accuracy)
         print_summary(before, after, len(test_items), states[-1]["seconds"], time.perf_counter() - start)
+        with whole_folder(folder / "model") as path:
+            write_model(model, tokenizer, path)
         print(f"TensorBoard: tensorboard --logdir={config.log_dir}\nThe result is {folder / 'model'}; to load it:")
         print(f'    AutoModelForCausalLM.from_pretrained("{folder / "model"}")')
-    logger.close()
+    if is_main:
+        lock.close()
     accelerator.end_training()
+    if unsaved or (is_main and journal.file.waiting):
+        raise OSError(unsaved or f"{folder / 'journal.jsonl'} lacks its last lines")
 
 
 if __name__ == "__main__":
-    run_from_command_line(main, ESConfig, "es_config.yml", example="noise_scale=0.02")
+    run_from_command_line(
+        main,
+        ESConfig,
+        "es_config.yml",
+        example="noise_scale=0.02",
+        memory_keys="prompts_per_iteration or max_new_tokens, or set dtype: bfloat16",
+    )

@@ -35,22 +35,30 @@ import time
 from typing import Literal
 
 import torch
-from accelerate.utils import set_seed
-from peft import LoraConfig, PeftModel, get_peft_model
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from utils import (
+    HalvingSize,
     Logger,
     PhaseTimer,
     check,
     check_chunked_head,
+    check_processes_agree,
     check_prompt_lengths,
+    check_same_run,
+    check_skipped,
+    checkpoint_folders,
     completion_log_probs,
     completion_metrics,
+    config_text,
     draw_indices,
     encode_prompts,
     evaluate,
+    fingerprint,
     gather_scores,
     generate,
     inner_model,
@@ -58,14 +66,23 @@ from utils import (
     load_problems,
     load_tokenizer,
     make_accelerator,
+    newest_checkpoint,
+    non_finite,
+    open_run_folder,
     print_summary,
+    resume_command,
     run_folder,
     run_from_command_line,
-    save_model,
+    run_identity,
+    save_checkpoint,
     schedule_factor,
     score_completions,
+    seed_libraries,
     seeded_generator,
     stop_ids,
+    whole_folder,
+    write_file,
+    write_model,
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -122,14 +139,18 @@ class GRPOConfig:
     warmup_steps: int = 5
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    max_skipped_steps: int = 10
     # Memory and speed
     micro_batch_tokens: int = 16384
     generation_batch_size: int = 256
-    # Evaluation, logs, seed
+    # Evaluation, checkpoints, logs, seed
     eval_size: int = 512
     eval_every: int = 20
+    checkpoint_every: int = 20
+    keep_checkpoints: int = 2
     log_dir: str = "grpo_logs"
     run_name: str | None = None
+    resume: str = "auto"
     seed: int = 0
 
     def __post_init__(self):
@@ -139,10 +160,13 @@ class GRPOConfig:
             "max_new_tokens": 1,
             "updates_per_step": 1,
             "warmup_steps": 0,
+            "max_skipped_steps": 1,
             "micro_batch_tokens": 1,
             "generation_batch_size": 1,
             "eval_size": 1,
             "eval_every": 1,
+            "checkpoint_every": 1,
+            "keep_checkpoints": 1,
         }.items():
             check(getattr(self, key) >= low, key, getattr(self, key), f"at least {low}")
         check(
@@ -267,8 +291,10 @@ def reference_policy(model, frozen_copy):
         yield frozen_copy
     elif "reference" in model.peft_config:
         model.set_adapter("reference")
-        yield model
-        model.set_adapter("default")
+        try:
+            yield model
+        finally:
+            model.set_adapter("default")
     else:
         with model.disable_adapter():
             yield model
@@ -281,9 +307,11 @@ def checkpointed_layers(model):
     layers = [layer for layer in layers if layer.gradient_checkpointing]
     for layer in layers:
         layer.training = True
-    yield
-    for layer in layers:
-        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -326,6 +354,15 @@ def make_micro_batches(prompts, completions, advantages, weights, token_budget, 
             sampler_log_probs[i, start:end] = completions.log_probs[row, : lengths[row]]
         micro_batches.append(MicroBatch(ids, mask, advantages[batch, None], weights[batch, None], sampler_log_probs))
     return micro_batches
+
+
+def halves(batch):
+    """A micro-batch as two, of half its rows each."""
+    half = (len(batch.ids) + 1) // 2
+    parts = [
+        {k: None if v is None else v[rows] for k, v in vars(batch).items()} for rows in (slice(half), slice(half, None))
+    ]
+    return [MicroBatch(**part) for part in parts]
 
 
 def sum_gradients(parameters, accelerator):
@@ -385,6 +422,35 @@ def micro_batch_loss(model, batch, config, frozen_copy, autocast):
     return loss, kl_term.detach(), values
 
 
+def add_gradients(model, micro_batches, budget, config, frozen_copy, autocast):
+    """The gradient of the whole step's loss, added up in the parameters' .grad, micro-batch after micro-batch.
+
+    micro_batches: a list; when the GPU's memory runs out, their halves take their places, `budget`, a HalvingSize, is
+        told, and all begins anew, as nobody knows how much of the last one's gradient was added.
+    Returns the loss and its KL part, (2,), and {name of TOKEN_METRICS: list of values}.
+    """
+    is_first = all(batch.old_log_probs is None for batch in micro_batches)
+    while True:
+        losses, values = torch.zeros(2, device=model.device), {name: [] for name in TOKEN_METRICS}
+        try:
+            for batch in micro_batches:
+                loss, kl_term, batch_values = micro_batch_loss(model, batch, config, frozen_copy, autocast)
+                loss.backward()
+                losses += torch.stack([loss.detach(), kl_term])
+                for name, value in batch_values.items():
+                    values[name].append(value)
+            return losses, values
+        except torch.OutOfMemoryError:
+            if all(len(batch.ids) == 1 for batch in micro_batches):
+                raise
+        model.zero_grad()
+        budget.halve(max(batch.ids.numel() for batch in micro_batches))
+        if is_first:
+            for batch in micro_batches:
+                batch.old_log_probs = batch.ref_log_probs = None
+        micro_batches[:] = [half for batch in micro_batches for half in halves(batch) if len(half.ids)]
+
+
 def summarize_tokens(values, accelerator):
     """{name: (mean, min, max)} of per-token values {name: 1-D tensors}, over all micro-batches and processes.
 
@@ -407,7 +473,36 @@ def summarize_tokens(values, accelerator):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def main(config):
+def save_progress(path, model, tokenizer, optimizer, names):
+    """What a checkpoint holds besides its state: the trained weights as a Hugging Face folder, AdamW's moments."""
+    write_model(model, tokenizer, path / "model")
+    moments = {
+        f"{name}.{key}": value
+        for name, values in zip(names, optimizer.state_dict()["state"].values(), strict=False)  # none before a step
+        for key, value in values.items()
+    }
+    save_file(moments, path / "optimizer.safetensors")
+
+
+def load_progress(path, model, optimizer, parameters):
+    """Make model and optimizer what they were when `save_progress` wrote `path`. parameters: {name: trained one}"""
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, load_file(path / "model" / "adapter_model.safetensors"), "default")
+    else:
+        saved = dict(load_model(str(path / "model"), "float32", "cpu").named_parameters())
+        for name, parameter in parameters.items():
+            parameter.data.copy_(saved[name])
+    moments = load_file(path / "optimizer.safetensors")
+    state = {
+        i: {key: moments[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        for i, name in enumerate(parameters)
+        if moments
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def main(config, stop_requested=lambda: False):
+    """Train. stop_requested: asked before every step; True ends the run there, with a checkpoint to resume it from."""
     start = time.perf_counter()
     # Set-up: everything that can be wrong with the input is found before the model is loaded.
     accelerator = make_accelerator(config.device, config.dtype)
@@ -416,7 +511,7 @@ def main(config):
     P, G = config.prompts_per_step, config.group_size
     check(P >= world, "prompts_per_step", P, f"at least {world}, one for each process")
     is_main = accelerator.is_main_process
-    folder = run_folder(config.log_dir, config.run_name) if is_main else None
+    folder = run_folder(config, "config.yml") if is_main else None
 
     set_seed(config.seed)  # before the adapter is made: its initial weights follow from the seed, on every process
     # Trained weights are fp32, whatever the rest is computed in: bf16 would round most updates away.
@@ -429,15 +524,37 @@ def main(config):
         for items in (train_set, test_items)
     )
     check_prompt_lengths(model, train_prompts + test_prompts, config.max_new_tokens)
+    free_keys = {"gradient_checkpointing", "micro_batch_tokens", "generation_batch_size"}
+    if config.lr_schedule == "constant":  # else the learning rate depends on where the run ends
+        free_keys.add("num_steps")
+    identity = run_identity(config, model, free_keys)
     model = make_policy(model, config.lora, config.gradient_checkpointing)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    named_parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters = list(named_parameters.values())
     assert parameters, "nothing to train"
     frozen_copy = None
     if config.lora is None and config.kl_weight > 0:
         frozen_copy = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
 
-    logger = Logger(folder, config)
+    # Go on from the newest checkpoint that is whole.
+    checkpoint = state = None
+    if is_main:
+        config, lock = open_run_folder(folder, config)
+        checkpoint = newest_checkpoint(folder, config.num_steps)
+        if checkpoint:
+            check_same_run(identity, checkpoint[1]["run"], checkpoint[0])
+        elif checkpoint_folders(folder):
+            raise ValueError(f"resume: no checkpoint in {folder / 'checkpoints'} is whole, or of at most num_steps")
+        write_file(folder / "config.yml", config_text(config).encode())  # with which --config resumes the run
+    folder, checkpoint = broadcast_object_list([folder, checkpoint])
+    if checkpoint:
+        path, state = checkpoint
+        load_progress(path, model, optimizer, named_parameters)
+        if fingerprint(named_parameters) != state["weights"]:
+            raise ValueError(f"resume: {path / 'model'} does not give the weights that were saved")
+
+    logger = Logger(folder if is_main else None, config, first_step=state["step"] + 1 if state else 0)
     num_trained, num_total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
     accelerator.print(
         f"{config.model}: {num_total:,} parameters, {num_trained:,} of them trained, on {world} x {device.type}, "
@@ -445,26 +562,55 @@ def main(config):
         f"{config.dataset}: {len(train_set):,} problems, evaluated on {len(test_items):,} held-out ones\n"
         f"{config.num_steps} steps of {P} prompts x {G} completions of up to {config.max_new_tokens} tokens -> {folder}"
     )
+    if state:
+        accelerator.print(f"going on after step {state['step']}")
     if config.top_p < 1:
         accelerator.print(f"top_p: {config.top_p} truncates what is sampled, not what is scored: ratios are biased")
 
-    progress = tqdm(total=config.num_steps, disable=None if is_main else True, dynamic_ncols=True)
-    history, num_skipped, training_seconds, num_tokens = [], 0, 0.0, 0
+    progress = tqdm(
+        total=config.num_steps,
+        initial=state["step"] if state else 0,
+        disable=None if is_main else True,
+        dynamic_ncols=True,
+    )
+    log = progress.write if is_main else lambda text: None
+    generation_batch = HalvingSize("generation_batch_size", config.generation_batch_size)
+    update_batch = HalvingSize("micro_batch_tokens", config.micro_batch_tokens)
 
     def evaluate_policy(step):
         progress.set_description("evaluate")
-        rows = config.generation_batch_size
-        result = evaluate(model, tokenizer, test_items, test_prompts, config.max_new_tokens, rows, accelerator)
+        max_new_tokens = config.max_new_tokens
+        result = evaluate(model, tokenizer, test_items, test_prompts, max_new_tokens, generation_batch, accelerator)
         logger.evaluation(result, step)
-        if is_main:
-            progress.write(f"step {step:4d}  held-out: strict {result['strict']:.1%}, lenient {result['lenient']:.1%}")
-        history.append(result)
+        log(f"step {step:4d}  held-out: strict {result['strict']:.1%}, lenient {result['lenient']:.1%}")
+        return {"strict": result["strict"], "lenient": result["lenient"]}
 
-    for step in range(config.num_steps):
-        if step % config.eval_every == 0:
-            evaluate_policy(step)
+    def save(state):
+        """A checkpoint of the run as it is now; returns what is wrong if it cannot be saved."""
+        progress.set_description("save")
+        if not is_main:
+            return None
+        state = {**state, "run": identity, "weights": fingerprint(named_parameters)}
+        return save_checkpoint(
+            folder,
+            state["step"],
+            state,
+            config.keep_checkpoints,
+            lambda path: save_progress(path, model, tokenizer, optimizer, named_parameters),
+        )
+
+    unsaved = None
+    if not state:
+        state = {"step": 0, "seconds": 0.0, "generated_tokens": 0, "skipped_steps": 0, "skipped_in_a_row": 0}
+        state["before"] = state["after"] = evaluate_policy(0)
+        unsaved = save(state)
+
+    for step in range(state["step"], config.num_steps):
+        if any(gather_object([stop_requested()])):
+            break
         phase = PhaseTimer(progress)
         step_start = time.perf_counter()
+        seed_libraries(config.seed, step, process)
 
         # 1. Sample P prompts; this process completes its share of them, G times each.
         with phase("rollout"):
@@ -485,13 +631,15 @@ def main(config):
                     uniforms=uniforms[share.start * G : share.stop * G],
                     temperature=config.temperature,
                     top_p=config.top_p,
-                    batch_size=config.generation_batch_size,
+                    batch_size=generation_batch,
                 )
 
         # 2. Score them. From here on every process knows the scores of all B = P * G rows.
         with phase("reward"):
             row_items = [train_set[i] for i in indices for _ in range(G)]
             scores = gather_scores(score_completions(config.rewards, completions, tokenizer, row_items), device)
+
+        skipped = non_finite(scores)  # why this step makes no update
 
         # 3. Advantages within each group, and what every row weighs in the loss.
         rewards = scores["reward"].view(P, G)
@@ -502,7 +650,7 @@ def main(config):
             weights = torch.where(advantages == 0, 0.0, weights)
 
         # 4. K updates on these completions.
-        losses, grad_norm = torch.zeros(2), 0.0
+        losses, grad_norm = torch.zeros(2, device=device), 0.0
         decay = schedule_factor(config.lr_schedule, step, config.num_steps, config.warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * decay
@@ -514,30 +662,38 @@ def main(config):
                 completions,
                 advantages[rows],
                 weights[rows],
-                config.micro_batch_tokens,
+                update_batch.size,
                 tokenizer.pad_token_id,
             )
             for _ in range(config.updates_per_step if (weights > 0).any() else 0):
-                losses = torch.zeros(2, device=device)
-                for batch in micro_batches:
-                    loss, kl_term, values = micro_batch_loss(model, batch, config, frozen_copy, accelerator.autocast)
-                    loss.backward()
-                    losses += torch.stack([loss.detach(), kl_term])
-                    for name, value in values.items():
-                        token_values[name].append(value)
+                if skipped:
+                    break
+                losses, values = add_gradients(
+                    model, micro_batches, update_batch, config, frozen_copy, accelerator.autocast
+                )
+                for name, value in values.items():
+                    token_values[name] += value
                 sum_gradients(parameters, accelerator)
+                losses = accelerator.reduce(losses)
                 grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
-                if math.isfinite(grad_norm):
+                if math.isfinite(grad_norm) and losses.isfinite().all():
                     optimizer.step()
                 else:
-                    num_skipped += 1
+                    skipped = f"the loss is {losses[0]:.3g}, the norm of its gradient {grad_norm:.3g}"
                 optimizer.zero_grad()
-                losses = accelerator.reduce(losses)
+        if world > 1:
+            check_processes_agree(fingerprint(named_parameters), accelerator)
 
-        # 5. Log.
+        # 5. Log, evaluate now and then, and save a checkpoint now and then.
         step_seconds = time.perf_counter() - step_start
-        training_seconds += step_seconds
-        num_tokens += int(scores["length"].sum())
+        state = {
+            **state,
+            "step": step + 1,
+            "seconds": state["seconds"] + step_seconds,
+            "generated_tokens": state["generated_tokens"] + int(scores["length"].sum()),
+            "skipped_steps": state["skipped_steps"] + bool(skipped),
+            "skipped_in_a_row": state["skipped_in_a_row"] + 1 if skipped else 0,
+        }
         tokens = summarize_tokens(token_values, accelerator)
         metrics = {
             **completion_metrics(scores),
@@ -548,15 +704,15 @@ def main(config):
             "optim/kl_term": losses[1],
             "optim/grad_norm": grad_norm,
             "optim/learning_rate": config.learning_rate * decay,
-            "optim/skipped_steps": num_skipped,
+            "optim/skipped_steps": state["skipped_steps"],
             "time/step": step_seconds,
             **{f"time/{name}": seconds for name, seconds in phase.seconds.items()},
             "throughput/tokens_per_second": scores["length"].sum() / step_seconds,
             "throughput/rollout_tokens_per_second": scores["length"].sum() / phase.seconds["rollout"],
             "progress/prompts": (step + 1) * P,
             "progress/completions": (step + 1) * P * G,
-            "progress/generated_tokens": num_tokens,
-            "progress/seconds": training_seconds,
+            "progress/generated_tokens": state["generated_tokens"],
+            "progress/seconds": state["seconds"],
         }
         for name in ("ratio", "ratio_error", "sampler_gap"):
             if name in tokens:
@@ -570,12 +726,25 @@ def main(config):
         )
         progress.update()
 
-    evaluate_policy(config.num_steps)
+        if skipped:
+            log(f"step {step + 1} skipped: {skipped}")
+            check_skipped(state["skipped_in_a_row"], config.max_skipped_steps, skipped, folder)
+        if (step + 1) % config.eval_every == 0 or step + 1 == config.num_steps:
+            state["after"] = evaluate_policy(step + 1)
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.num_steps:
+            unsaved = save(state)
+
     progress.close()
-    if is_main:
-        save_model(model, tokenizer, folder / "model")
-        logger.hparams({"eval/strict_accuracy": history[-1]["strict"], "eval/lenient_accuracy": history[-1]["lenient"]})
-        print_summary(history[0], history[-1], len(test_items), training_seconds, time.perf_counter() - start)
+    if state["step"] < config.num_steps:  # asked to stop
+        unsaved = save(state)
+        accelerator.print(f"stopped after step {state['step']}; to go on:\n    {resume_command(folder)}")
+    elif is_main:
+        before, after = state["before"], state["after"]
+        accuracy = {"eval/strict_accuracy": after["strict"], "eval/lenient_accuracy": after["lenient"]}
+        logger.hparams(accuracy)
+        print_summary(before, after, len(test_items), state["seconds"], time.perf_counter() - start)
+        with whole_folder(folder / "model") as path:
+            write_model(model, tokenizer, path)
         print(f"TensorBoard: tensorboard --logdir={config.log_dir}\nThe result is {folder / 'model'}; to load it:")
         if config.lora is None:
             print(f'    AutoModelForCausalLM.from_pretrained("{folder / "model"}")')
@@ -583,9 +752,18 @@ def main(config):
             base_name = model.peft_config["default"].base_model_name_or_path
             print(f'    base = AutoModelForCausalLM.from_pretrained("{base_name}")')
             print(f'    PeftModel.from_pretrained(base, "{folder / "model"}")')
-    logger.close()
+    if is_main:
+        lock.close()
     accelerator.end_training()
+    if unsaved:
+        raise OSError(unsaved)
 
 
 if __name__ == "__main__":
-    run_from_command_line(main, GRPOConfig, "grpo_config.yml", example="lora.rank=32")
+    run_from_command_line(
+        main,
+        GRPOConfig,
+        "grpo_config.yml",
+        example="lora.rank=32",
+        memory_keys="max_new_tokens or group_size, or set gradient_checkpointing: true, or dtype: bfloat16",
+    )

@@ -180,19 +180,18 @@ def score(weights, completions, items):
     weights: {name: weight}; completions: B texts; items: B dataset items, the one that each completion answers
     Returns B dicts: "reward" is the weighted sum, "reward/<name>" each function's own, unweighted; "accuracy/strict"
     and "accuracy/lenient" are there whatever is rewarded. ValueError, naming the function, if one raises or returns
-    anything but B finite numbers.
+    anything but B numbers; what is to happen if one of them is not finite is for the caller to say.
     """
     columns = {key: [item[key] for item in items] for key in items[0] if key != "prompt"}
     prompts = [item["prompt"] for item in items]
     scores = [
         {
-            "reward": 0.0,
             "accuracy/strict": float(strict_correct(text, item["answer"])),
             "accuracy/lenient": float(lenient_correct(text, item["answer"])),
         }
         for text, item in zip(completions, items, strict=True)
     ]
-    for name, weight in weights.items():
+    for name in weights:
         try:
             values = find_reward(name)(prompts=prompts, completions=completions, **columns)
         except Exception as error:
@@ -201,8 +200,12 @@ def score(weights, completions, items):
             got = f"{len(values)} items" if isinstance(values, (list, tuple)) else type(values).__name__
             raise ValueError(f"rewards: {name} returned {got}, expected a list of {len(completions)} numbers")
         for row, text, value in zip(scores, completions, values, strict=True):
-            if not isinstance(value, numbers.Real) or not math.isfinite(value):
-                raise ValueError(f"rewards: {name} returned {value!r}, no finite number, for {text[:80]!r}")
-            row[f"reward/{name}"] = float(value)
-            row["reward"] += weight * float(value)
+            try:
+                row[f"reward/{name}"] = float(value) if isinstance(value, numbers.Real) else None
+            except OverflowError:  # an integer beyond all floats
+                row[f"reward/{name}"] = math.inf
+            if row[f"reward/{name}"] is None:
+                raise ValueError(f"rewards: {name} returned {value!r}, no number, for {text[:80]!r}")
+    for row in scores:  # last, so that of what is not finite its component comes first
+        row["reward"] = sum(weight * row[f"reward/{name}"] for name, weight in weights.items())
     return scores

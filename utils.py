@@ -1,7 +1,7 @@
 """What both training scripts call, in the order in which a run meets it.
 
 config and command line, set-up (seeds, model, tokenizer), problems and prompts, generation, log-probs, scores and
-evaluation, logging, saving
+evaluation, logging, a run's folder with its checkpoints, stopping
 
 Letters in shapes: P prompts, G completions per prompt, B = P * G rows, T tokens, V vocabulary, D hidden size.
 """
@@ -10,11 +10,18 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import fcntl
+import hashlib
 import html
+import io
 import json
 import math
 import os
+import re
+import shlex
 import shutil
+import signal
+import socket
 import sys
 import time
 import traceback
@@ -29,12 +36,14 @@ import torch
 import transformers
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, set_seed
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.checkpoint import checkpoint
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard import summary
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import is_flash_attn_2_available
@@ -95,14 +104,17 @@ def load_config(config_class, path, overrides=()):
         raise ValueError(f"{'command line' if set_there else path}: {error}") from None
 
 
-def run_from_command_line(main, config_class, default_path, example):
-    """`main(config)` with the config of the command line; wrong input ends it with one line."""
+def run_from_command_line(main, config_class, default_path, example, memory_keys):
+    """`main(config, stop_requested)` with the config of the command line; wrong input ends it with one line.
+
+    example: an override; memory_keys: what to lower when memory runs out; both for messages
+    """
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__.splitlines()[0])
     parser.add_argument("--config", default=default_path, help="YAML file that sets every key (%(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"keys to set otherwise, e.g. {example}")
     arguments = parser.parse_args()
-    with one_line_errors():
-        main(load_config(config_class, arguments.config, arguments.overrides))
+    with one_line_errors(memory_keys), StopSignals() as stop_requested:
+        main(load_config(config_class, arguments.config, arguments.overrides), stop_requested)
 
 
 def check(condition, key, value, expected):
@@ -160,21 +172,61 @@ def _convert(value, kind, key):
 
 
 @contextlib.contextmanager
-def one_line_errors():
-    """End the program with one line where this project's own code raised ValueError or OSError for what a user gave.
+def one_line_errors(memory_keys):
+    """End the program with one line where this project's own code raised ValueError or OSError for what a user gave,
+    where the GPU's memory is too small, and where another process of the run has ended.
 
-    An exception out of a library, or of another type, is a defect of ours and keeps its traceback. An error with a
-    cause in a user's code (a reward function) shows the cause's traceback above the line.
+    Any other exception is a defect of ours and keeps its traceback. An error with a cause in a user's code (a reward
+    function) shows the cause's traceback above the line.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
-        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        if Path(raised_in).resolve().parent != Path(__file__).resolve().parent:
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: out of GPU memory, with the smallest batches too: lower {memory_keys} ({_one_line(error)})")
+    except (ValueError, OSError, RuntimeError) as error:
+        frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+        if isinstance(error, RuntimeError) and any(frame.name == "distributed_c10d.py" for frame in frames):
+            sys.exit(f"error: another process of this run has ended; its message says why ({_one_line(error)})")
+        if isinstance(error, RuntimeError) or frames[-1].resolve().parent != Path(__file__).resolve().parent:
             raise
         if error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
         sys.exit(f"error: {error}")
+
+
+def _one_line(error):
+    return " ".join(str(error).split())[:200]
+
+
+class StopSignals:
+    """Whether SIGINT or SIGTERM has asked the run to stop, once the step that it is in is done.
+
+    A second signal ends the process at once, and so does the first before the run has asked for the first time:
+    there is no step to finish then. Of several processes, each of which a launcher sends signals of its own on top of
+    the terminal's, only the launcher ends at once.
+    """
+
+    def __enter__(self):
+        self.requested = self.has_asked = False
+        self.handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        if self.requested and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            return
+        if self.requested or not self.has_asked:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.requested = True
+        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print could be interrupted by itself
+
+    def __call__(self):
+        self.has_asked = True
+        return self.requested
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -191,6 +243,12 @@ def seeded_generator(seed, stream, index=0, device="cpu"):
     low, high = map(int, np.random.SeedSequence([seed, zlib.crc32(stream.encode())]).generate_state(2))
     # torch's CPU generator reads the low 32 bits of a seed only. The index counts them up: no two are the same.
     return torch.Generator(device).manual_seed((high >> 1) << 32 | (low + index) % 2**32)
+
+
+def seed_libraries(seed, step, process):
+    """Seed Python's, numpy's and torch's own generators, which this project draws nothing from, but reward functions
+    may: what they draw in a step follows from these arguments, so that it is the same after a run was resumed."""
+    set_seed(int(np.random.SeedSequence([seed, zlib.crc32(b"libraries"), step, process]).generate_state(1)[0]))
 
 
 def make_accelerator(device, dtype):
@@ -351,6 +409,20 @@ class Completions:
         return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
+class HalvingSize:
+    """How much is computed at once, in rows or tokens: `size`, which is halved when the GPU's memory runs out."""
+
+    def __init__(self, key, size):
+        """key: what is said to be too large, a key of the config"""
+        self.key, self.size = key, size
+
+    def halve(self, tried):
+        """tried: how much there was when memory ran out"""
+        self.size = max(1, min(self.size, tried) // 2)
+        tqdm.write(f"out of GPU memory with {tried} at once: going on with {self.size} ({self.key} is too large)")
+        torch.cuda.empty_cache()
+
+
 class PreallocatedLayer(DynamicLayer):
     """A cache layer that, after `batch_repeat_interleave`, writes into a buffer instead of concatenating."""
 
@@ -429,7 +501,8 @@ def generate(
     prompts: P lists of token ids
     uniforms: (P * num_samples, max_new_tokens) in [0, 1), one number a token; a row's tokens follow from its prompt and
         its numbers, whichever rows it shares a batch with
-    batch_size: completions decoded at once (at least one prompt's, or one block's)
+    batch_size: completions decoded at once (at least one prompt's, or one block's), a number or a HalvingSize, which
+        remembers when fewer fitted into memory
     drop_share: finished rows leave the batch once they are this share of it
     on_rows: called with the index of the prompt that each row of the batch belongs to, (rows,), whenever that changes;
         so that forward hooks can tell rows apart
@@ -442,11 +515,12 @@ def generate(
     device = model.device
     if on_rows is not None and block_size is None:
         raise ValueError("block_size: needed with on_rows, so that rows that differ share no computation")
-    chunk = max(1, batch_size // num_samples)
-    if block_size is not None:  # whole blocks
-        chunk = max(block_size, chunk - chunk % block_size)
-    parts = []
-    for first in range(0, len(prompts), chunk):
+    if isinstance(batch_size, int):
+        batch_size = HalvingSize("batch_size", batch_size)
+    block = block_size or 1
+    parts, first = [], 0
+    while first < len(prompts):
+        chunk = max(1, batch_size.size // (num_samples * block)) * block  # whole blocks
         ids = prompts[first : first + chunk]
         rows = slice(first * num_samples, (first + len(ids)) * num_samples)
         noise = None if uniforms is None else uniforms[rows].to(device)
@@ -456,7 +530,14 @@ def generate(
                 on_rows(first + prompt_indices)
 
         settings = (max_new_tokens, stop_ids, pad_id, num_samples, noise, temperature, top_p, drop_share)
-        parts.append(_decode(model, ids, *settings, tell_rows, block_size or len(ids)))
+        try:
+            parts.append(_decode(model, ids, *settings, tell_rows, block_size or len(ids)))
+            first += len(ids)
+            continue
+        except torch.OutOfMemoryError:
+            if len(ids) <= block:
+                raise
+        batch_size.halve(len(ids) * num_samples)  # out here the exception holds no tensors any more
     return Completions(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
@@ -611,14 +692,20 @@ def check_chunked_head(model):
 
 
 def score_completions(rewards, completions, tokenizer, items):
-    """What `reward.score` says of each completion, and its "length" in tokens and whether it was "truncated" (0, 1).
+    """What `reward.score` says of each completion, its "length" in tokens, whether it was "truncated" (0, 1), and the
+    sampler's "log_prob" of it.
 
     rewards: {name: weight}; completions: Completions of B rows; items: B dataset items. Returns B dicts of numbers.
     """
     rows = score(rewards, completions.texts(tokenizer), items)
-    lengths, truncated = completions.mask.sum(1).tolist(), completions.truncated.tolist()
-    for row, row_length, row_truncated in zip(rows, lengths, truncated, strict=True):
-        row["length"], row["truncated"] = float(row_length), float(row_truncated)
+    columns = {
+        "length": completions.mask.sum(1),
+        "truncated": completions.truncated,
+        "log_prob": completions.log_probs.sum(1),
+    }
+    for name, values in columns.items():
+        for row, value in zip(rows, values.tolist(), strict=True):
+            row[name] = float(value)
     return rows
 
 
@@ -626,6 +713,25 @@ def gather_scores(rows, device):
     """{name: (B,) fp32} of the rows of all processes, in the order of the processes. rows: dicts of this one."""
     rows = gather_object(rows)
     return {name: torch.tensor([row[name] for row in rows], device=device) for name in rows[0]}
+
+
+def non_finite(scores):
+    """What in the scores {name: (B,)} of a step is not finite, in words, or None."""
+    for name, values in scores.items():
+        if not values.isfinite().all():
+            row = int((~values.isfinite()).nonzero()[0])
+            return f"{name} of completion {row} is {float(values[row])}"
+    return None
+
+
+def check_skipped(in_a_row, limit, reason, folder):
+    """ValueError, saying why, once the last `limit` steps have made no update."""
+    if in_a_row >= limit:
+        last = next(iter(checkpoint_folders(folder).values()), "none")
+        raise ValueError(
+            f"max_skipped_steps: {in_a_row} steps in a row have made no update, the last because {reason}; "
+            f"the last good checkpoint: {last}"
+        )
 
 
 def wilson_interval(successes, trials):
@@ -697,34 +803,58 @@ def print_summary(before, after, num_items, training_seconds, total_seconds):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+class AppendedFile:
+    """A file that grows by whole records. What a full disk does not take waits for the next time, and is said to."""
+
+    def __init__(self, path):
+        self.file, self.waiting = open(path, "ab", buffering=0), b""
+
+    def append(self, data, sync=False):
+        """sync: return when it is not only out of this process's hands, but on the disk."""
+        self.waiting += data
+        length, written = os.fstat(self.file.fileno()).st_size, 0
+        try:
+            while written < len(self.waiting):
+                written += self.file.write(self.waiting[written:])
+            if sync:
+                os.fsync(self.file.fileno())
+            self.waiting = b""
+        except OSError as error:
+            self.file.truncate(length)
+            tqdm.write(f"warning: {self.file.name} cannot be written for now: {error}; training goes on")
+
+
 class Logger:
     """TensorBoard scalars, texts and hyperparameters of one run, in one folder."""
 
     def __init__(self, folder, config, first_step=0):
-        """folder: where to write, made if need be; None writes nothing.
+        """folder: where to write; None writes nothing.
 
         first_step: what was logged there earlier for this step and later ones is void
         """
-        self.writer = None
+        self.config, self.file = config, None
         if folder is not None:
-            self.writer = SummaryWriter(str(folder), purge_step=first_step)
-            text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-            (Path(folder) / "config.yml.partial").write_text(text, encoding="utf-8")
-            os.replace(Path(folder) / "config.yml.partial", Path(folder) / "config.yml")
-            self.text("config", f"<pre>{html.escape(text)}</pre>", 0)
-            self.config = config
+            self.file = AppendedFile(
+                folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+            )
+            start = SessionLog(status=SessionLog.START)
+            self._append([Event(file_version="brain.Event:2"), Event(step=first_step, session_log=start)])
+            self.text("config", f"<pre>{html.escape(config_text(config))}</pre>", 0)
+
+    def _append(self, events):
+        """Not by SummaryWriter, whose thread does not survive a full disk: at once, so that no kill loses a step."""
+        if self.file:
+            records = io.BytesIO()
+            for event in events:
+                event.wall_time = time.time()
+                RecordWriter(records).write(event.SerializeToString())
+            self.file.append(records.getvalue())
 
     def scalars(self, values, step):
-        for tag, value in values.items():
-            if self.writer:
-                self.writer.add_scalar(tag, value, step)
-        if self.writer:
-            self.writer.flush()  # so that nothing is lost, however the run ends
+        self._append([Event(step=step, summary=summary.scalar(tag, value)) for tag, value in values.items()])
 
     def text(self, tag, markdown, step):
-        if self.writer:
-            self.writer.add_text(tag, markdown, step)
-            self.writer.flush()
+        self._append([Event(step=step, summary=summary.text(tag, markdown))])
 
     def completions(self, tag, items, texts, step):
         """A table of prompts, answers and completions. Model output is text, never markup."""
@@ -752,15 +882,9 @@ class Logger:
 
     def hparams(self, metrics):
         """The config as a row of TensorBoard's HPARAMS page, with the run's final metrics."""
-        if self.writer:
-            values = dataclasses.asdict(self.config)
-            flat = {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in values.items()}
-            for summary in hparams(flat, metrics):
-                self.writer.file_writer.add_summary(summary)
-
-    def close(self):
-        if self.writer:
-            self.writer.close()
+        values = dataclasses.asdict(self.config)
+        flat = {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in values.items()}
+        self._append([Event(summary=part) for part in summary.hparams(flat, metrics)])
 
 
 def completion_metrics(scores):
@@ -792,41 +916,225 @@ class PhaseTimer:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-def run_folder(log_dir, run_name, resume="never", marker=None):
-    """Where a run is kept: `log_dir/run_name`, or for `resume: PATH` that folder. ValueError if it cannot be.
+# ----------------------------------------------------------------------------------------------------------------------
+# A run's folder: config.yml, TensorBoard events, checkpoints/, model/
+# ----------------------------------------------------------------------------------------------------------------------
 
-    Without a run_name, the time is its name. resume: "never" takes no folder that is there already; "auto", with a
-    run_name, and a path take one that holds the file `marker`, which says how to go on.
+# Keys that a run may be resumed with other values of. The model may have moved: its weights are what is compared.
+FREE_KEYS = {"model", "cache_dir", "device", "eval_every", "checkpoint_every", "keep_checkpoints", "max_skipped_steps"}
+FREE_KEYS |= {"log_dir", "run_name", "resume"}
+
+
+def config_text(config):
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def run_folder(config, marker):
+    """The folder of a run that is to begin or to be resumed; nothing is made yet. ValueError if there cannot be one.
+
+    It is `log_dir/run_name`, the time without a run_name, or for `resume: PATH` that folder. "never" takes no folder
+    that is there already; "auto", with a run_name, and a path take one that holds the file `marker`, as any run does
+    that has begun.
     """
-    if resume not in ("never", "auto"):
-        folder = Path(resume).resolve()
-        check((folder / marker).is_file(), "resume", resume, f"auto, never, or a run's folder with its {marker}")
-        check(run_name in (None, folder.name), "run_name", run_name, f"null or {folder.name}, the run to resume")
+    if config.resume not in ("never", "auto"):
+        folder = Path(config.resume).resolve()
+        check((folder / marker).is_file(), "resume", config.resume, f"auto, never, or a run's folder with its {marker}")
+        same = config.run_name in (None, folder.name)
+        check(same, "run_name", config.run_name, f"null or {folder.name}, the run to resume")
         return folder
-    folder = Path(log_dir) / (run_name or time.strftime("%Y-%m-%d_%H-%M-%S"))
-    begun = (
-        resume == "auto" and run_name and folder.is_dir() and ((folder / marker).is_file() or not any(folder.iterdir()))
-    )
-    if folder.exists() and not begun:
-        raise ValueError(f"run_name: {folder} exists already; choose another name or delete it")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"log_dir: {log_dir!r} cannot be made: {error}") from None
+    folder = Path(config.log_dir) / (config.run_name or time.strftime("%Y-%m-%d_%H-%M-%S"))
+    if folder.exists():
+        again = f"{folder} exists already; choose another name or delete it"
+        check(config.resume == "auto" and config.run_name, "run_name", config.run_name, f"a new name: {again}")
+        # A run that was killed when it had hardly begun has left its lock, or half a file.
+        traces = all(path.name == "lock" or path.suffix == ".partial" for path in folder.iterdir())
+        begun = (folder / marker).is_file() or traces
+        check(begun, "run_name", config.run_name, f"a new name, or a run with its {marker}: {again}")
     return folder
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Saving
-# ----------------------------------------------------------------------------------------------------------------------
+def open_run_folder(folder, config):
+    """Make the folder, and keep other processes from writing there. Returns the config with which `--config` resumes
+    the run, and the lock, an open file: closed, by the end of the process at the latest, it lets others in again."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"log_dir: {str(folder.parent)!r} cannot be made: {error}") from None
+    lock = open(folder / "lock", "a")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"run_name: {folder} is being written by another process") from None
+    except OSError as error:  # a file system without locks
+        print(f"warning: {folder} cannot be locked against a second run in it: {error}")
+    return dataclasses.replace(config, log_dir=str(folder.parent), run_name=folder.name, resume="auto"), lock
 
 
-def save_model(model, tokenizer, folder):
-    """Model or adapter, and tokenizer, as an ordinary Hugging Face folder, complete or not there at all."""
+def resume_command(folder):
+    return f"python {shlex.quote(sys.argv[0])} --config {shlex.quote(str(folder / 'config.yml'))}"
+
+
+def write_file(path, data):
+    """Bytes into a file that is complete and on disk, or as it was before."""
+    partial = Path(f"{path}.partial")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(folder):
+    """A new folder to write into, which takes the place of `folder` once it is complete and on disk.
+
+    OSError, in one line, if anything in it cannot be written; then nothing is left of it.
+    """
+    folder = Path(folder)
     partial = Path(f"{folder}.partial")
-    # Of a PEFT model, only the adapter that was trained: a second one may serve as reference.
-    model.save_pretrained(partial, **({"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}))
-    tokenizer.save_pretrained(partial)
-    if Path(folder).exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.rglob("*"):
+            _sync(path)
+        _sync(partial)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+        _sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{folder} cannot be saved: {_one_line(error)}") from None
+
+
+def _sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_model(model, tokenizer, folder, weights=None):
+    """Model or adapter, and tokenizer, as an ordinary Hugging Face folder. weights: instead of the model's own."""
+    # Of a PEFT model, only the adapter that was trained: a second one may serve as reference. Embeddings are never
+    # resized; to find that out PEFT would ask the hub.
+    peft = {"selected_adapters": ["default"], "save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(folder, state_dict=weights, **peft)
+    tokenizer.save_pretrained(folder)
+
+
+def fingerprint(parameters):
+    """Eight hex digits that follow from every bit of {name: parameter}: a checksum of sums over rows and columns."""
+    checksum = 0
+    for weight in parameters.values():
+        bits = weight.detach().view({2: torch.int16, 4: torch.int32}[weight.element_size()]).reshape(len(weight), -1)
+        for dim in (0, 1):
+            checksum = zlib.crc32(bits.sum(dim, dtype=torch.int64).cpu().numpy().tobytes(), checksum)
+    return f"{checksum:08x}"
+
+
+def check_processes_agree(weights, accelerator):
+    """ValueError if processes have come to different weights. weights: the fingerprint of this one's."""
+    if accelerator.num_processes > 1 and len(set(gather_object([weights]))) > 1:
+        raise ValueError("processes have come to different weights: they compute otherwise, as other GPUs do")
+
+
+def run_identity(config, model, free_keys):
+    """What must not change when a run is resumed: {key: value} of the config and of what it starts from."""
+    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE_KEYS | free_keys}
+    return {"starting weights": fingerprint(dict(model.named_parameters())), **values}
+
+
+def check_same_run(ours, theirs, file):
+    """ValueError if a run with the identity `ours` cannot go on from a file of one with the identity `theirs`."""
+    for key in ours | theirs:
+        a, b = ours.get(key), theirs.get(key)
+        if a != b:
+            raise ValueError(f"resume: {file}: {key}: {a!r}, but that run was started with {b!r}")
+
+
+def seal(content):
+    """A dict of JSON values as one line of bytes that holds a digest of itself."""
+    return json.dumps({**content, "sha256": _digest(content)}).encode() + b"\n"
+
+
+def unseal(line):
+    """What was sealed; ValueError if it is not what it was."""
+    try:
+        content = json.loads(line)
+        if content.pop("sha256") == _digest(content):
+            return content
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError):  # anything but a sealed line
+        pass
+    raise ValueError("damaged")
+
+
+def _digest(content):
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def checkpoint_folders(folder):
+    """{step: path} of a run's checkpoints, newest first."""
+    paths = {int(match[1]): path for path in (folder / "checkpoints").glob("*") if (match := STEP.fullmatch(path.name))}
+    return dict(sorted(paths.items(), reverse=True))
+
+
+STEP = re.compile(r"step_(\d+)")
+
+
+def save_checkpoint(folder, step, state, keep, write):
+    """`folder/checkpoints/step_000020`: what `write(path)` writes there, and `state`, {name: JSON value}.
+
+    It is complete and on disk or not there at all; then all go but the newest `keep` up to this one. Returns what is
+    wrong if it cannot be saved, as when the disk is full, or None.
+    """
+    path = folder / "checkpoints" / f"step_{step:06d}"
+    try:
+        with whole_folder(path) as partial:
+            write(partial)
+            digests = {}
+            for file in sorted(file for file in partial.rglob("*") if file.is_file()):
+                with open(file, "rb") as data:
+                    digests[str(file.relative_to(partial))] = hashlib.file_digest(data, "sha256").hexdigest()
+            (partial / "state.json").write_bytes(seal({"state": state, "sha256 of files": digests}))
+    except OSError as error:
+        tqdm.write(f"warning: {error}; training goes on")
+        return str(error)
+    paths = checkpoint_folders(folder)
+    later = [other for other in paths if other > step]  # damaged, or of steps that the log has lost
+    for old in [*later, *[other for other in paths if other <= step][keep:]]:
+        os.replace(paths[old], f"{paths[old]}.partial")  # so that half of it is no checkpoint
+    for partial in (folder / "checkpoints").glob("*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+    return None
+
+
+def read_state(path):
+    """The state in a checkpoint. ValueError, naming the file, if any of its files is not as it was saved."""
+    try:
+        content = unseal((path / "state.json").read_bytes())
+    except (OSError, ValueError):
+        raise ValueError(f"{path / 'state.json'} is damaged or missing") from None
+    for name, digest in content["sha256 of files"].items():
+        try:
+            with open(path / name, "rb") as data:
+                whole = hashlib.file_digest(data, "sha256").hexdigest() == digest
+        except OSError:
+            whole = False
+        if not whole:
+            raise ValueError(f"{path / name} is damaged or missing")
+    return content["state"]
+
+
+def newest_checkpoint(folder, last_step):
+    """(path, state) of the newest undamaged checkpoint up to `last_step`, or None. Damaged ones are named."""
+    for step, path in checkpoint_folders(folder).items():
+        if step <= last_step:
+            try:
+                return path, read_state(path)
+            except ValueError as error:
+                print(f"resume: {error}: trying the checkpoint before it")
+    return None

@@ -1,3 +1,6 @@
+import dataclasses
+import itertools
+import math
 import os
 import subprocess
 import sys
@@ -8,8 +11,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: no test may wait for a net
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import es_train
+import grpo_train
+from utils import load_config, newest_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 GSM8K = ROOT.parent / "shared" / "gsm8k"
@@ -111,6 +119,83 @@ def run_script(arguments, script="grpo_train.py", cwd=ROOT, launcher=(sys.execut
         text=True,
         timeout=300,
     )
+
+
+@dataclasses.dataclass
+class Script:
+    """A training script, with the overrides of a run of seconds."""
+
+    module: object
+    config_class: type
+    small: list[str]
+    num_steps: str  # the key
+
+    @property
+    def name(self):
+        return self.module.__name__
+
+    def config(self, folder, *overrides):
+        """That of a run to be kept in `folder`."""
+        path = ROOT / f"{self.name.removesuffix('_train')}_config.yml"
+        where = [f"model={TINY}", f"log_dir={folder.parent}", f"run_name={folder.name}"]
+        return load_config(self.config_class, path, [*where, *self.small, *overrides])
+
+    def train(self, folder, *overrides, stop_after=None):
+        """A run in this process, asked to stop after so many steps."""
+        polls = itertools.count()
+        self.module.main(self.config(folder, *overrides), lambda: next(polls) == stop_after)
+        return folder
+
+
+SCRIPTS = {
+    "grpo": Script(
+        grpo_train,
+        grpo_train.GRPOConfig,
+        "num_steps=4 prompts_per_step=4 group_size=4 max_new_tokens=32 warmup_steps=0 eval_size=8 eval_every=2 "
+        "lora.rank=4 checkpoint_every=2".split(),
+        "num_steps",
+    ),
+    "es": Script(
+        es_train,
+        es_train.ESConfig,
+        "num_iterations=4 prompts_per_iteration=4 population_size=6 max_new_tokens=40 noise_scale=0.03 "
+        "population_batch=4 eval_size=8 eval_every=2 checkpoint_every=2".split(),
+        "num_iterations",
+    ),
+}
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    return SCRIPTS[request.param]
+
+
+def model_weights(folder):
+    """Of a run's result."""
+    (file,) = (folder / "model").glob("*.safetensors")
+    return load_file(file)
+
+
+def assert_same_run(folder, other):
+    """Bit for bit: weights, optimizer, counters of the last checkpoint, and every scalar but times, each step once."""
+    ours, theirs = model_weights(folder), model_weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    (path, state), (other_path, other_state) = (newest_checkpoint(run, 10**9) for run in (folder, other))
+    assert path.name == other_path.name
+    assert state | {"seconds": 0} == other_state | {"seconds": 0}
+    for file in path.rglob("*.safetensors"):
+        ours, theirs = load_file(file), load_file(other_path / file.relative_to(path))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    curves, other_curves = scalars(folder), scalars(other)
+    assert curves.keys() == other_curves.keys()
+    for tag, points in other_curves.items():
+        assert [step for step, _ in curves[tag]] == [step for step, _ in points], tag
+        if not tag.startswith(("time/", "throughput/", "progress/seconds")):
+            assert curves[tag] == points or math.isnan(points[0][1]), tag
 
 
 def scalars(folder):

