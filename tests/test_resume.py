@@ -20,13 +20,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import utils
-from utils import AppendedFile, checkpoint_folders, newest_checkpoint, read_state, run_folder, save_checkpoint, seal, whole_folder
+from utils import (
     AppendedFile,
     checkpoint_folders,
     newest_checkpoint,
     read_state,
     run_folder,
     save_checkpoint,
+    seal,
     whole_folder,
 )
 
