@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: no test may wait for a network
+os.environ["OMP_NUM_THREADS"] = "1"  # likewise: sums are bit for bit the same for the same number of threads
 
 import pytest
 import torch
@@ -109,8 +110,7 @@ def oracle_generate(model, prompt, uniforms, temperature, stop, max_new_tokens):
 
 def run_script(arguments, script="grpo_train.py", cwd=ROOT, launcher=(sys.executable,), path=()):
     """A script as a user runs it, in a process of its own."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, path))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
     return subprocess.run(
         [*launcher, str(ROOT / script), *arguments],
         cwd=cwd,
