@@ -286,8 +286,7 @@ class JSONLDataset(Dataset):
         self.items = []
         for number, row in read_jsonl(file):
             for key in ("prompt", "answer"):
-                # A lone surrogate, which JSON can spell, is no text either.
-                if not isinstance(row.get(key), str) or not row[key].encode(errors="ignore").strip():
+                if not isinstance(row.get(key), str) or not row[key].strip():
                     raise ValueError(f'{file}, line {number}: "{key}" is {row.get(key)!r}, expected text')
             for key in ("prompts", "completions"):  # what reward functions get besides the columns
                 if key in row:
@@ -307,6 +306,13 @@ class JSONLDataset(Dataset):
         return self.items[index]
 
 
+def _distinct(pairs):
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"a key is there twice, among {', '.join(key for key, _ in pairs)}"[:200])
+    return row
+
+
 def read_jsonl(file):
     """(line number, object) for each line of the file that is not blank; ValueError, naming the line, for a bad one."""
     with open(file, "rb") as lines:
@@ -314,7 +320,8 @@ def read_jsonl(file):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_distinct)
+                json.dumps(row, ensure_ascii=False).encode()  # JSON can spell halves of characters, which are no text
             except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested beyond reason
                 raise ValueError(f"{file}, line {number}: {error}") from None
             if not isinstance(row, dict):

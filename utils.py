@@ -27,8 +27,10 @@ import time
 import traceback
 import types
 import typing
+import unicodedata
 import warnings
 import zlib
+from collections.abc import Hashable
 from pathlib import Path
 
 import numpy as np
@@ -60,15 +62,41 @@ warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is depreca
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+MAX_CONFIG_BYTES = 100_000
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML whose mappings may not repeat a key (plain YAML takes the last one and says nothing)."""
+    """YAML whose mappings may not repeat a key (plain YAML takes the last one and says nothing), and without aliases,
+    of which a few lines can make more than fits into memory."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("aliases (*name) are not read")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"{key} is set twice")
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node)
+            if isinstance(key, Hashable):  # what is not, the next line refuses
+                if key in seen:
+                    raise ValueError(f"{str(key)[:100]} is set twice")
+                seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text):
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(_one_line(error)) from None
+
+
+def _shown(value):
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def load_config(config_class, path, overrides=()):
@@ -78,9 +106,13 @@ def load_config(config_class, path, overrides=()):
     the dataclass's own `__post_init__` rejects a value.
     """
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+        with open(path, "rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+        if len(text) > MAX_CONFIG_BYTES:
+            raise ValueError(f"longer than {MAX_CONFIG_BYTES:,} bytes, which no config is")
+        values = _read_yaml(text.decode("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {_one_line(error)}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of keys to values, not {type(values).__name__}")
     for override in overrides:
@@ -92,11 +124,11 @@ def load_config(config_class, path, overrides=()):
         for parent in parents:
             target = target.get(parent)
             if not isinstance(target, dict):
-                raise ValueError(f"command line: {override}: {parent} holds {target!r}, not a mapping")
+                raise ValueError(f"command line: {override}: {parent} holds {_shown(target)}, not a mapping")
         try:
-            target[last] = yaml.load(text, _Loader)
-        except (yaml.YAMLError, ValueError) as error:
-            raise ValueError(f"command line: {override}: {' '.join(str(error).split())}") from None
+            target[last] = _read_yaml(text)
+        except ValueError as error:
+            raise ValueError(f"command line: {override}: {error}") from None
     try:
         return _convert(values, config_class, "")
     except ValueError as error:
@@ -120,7 +152,7 @@ def run_from_command_line(main, config_class, default_path, example, memory_keys
 def check(condition, key, value, expected):
     """What a config's `__post_init__` states its bounds with."""
     if not condition:
-        raise ValueError(f"{key}: {value!r}, expected {expected}")
+        raise ValueError(f"{key}: {_shown(value)}, expected {expected}")
 
 
 def _convert(value, kind, key):
@@ -133,7 +165,7 @@ def _convert(value, kind, key):
             if name not in fields:
                 near = difflib.get_close_matches(str(name), fields, n=1, cutoff=0.5)
                 hint = f"did you mean {prefix}{near[0]}?" if near else f"the keys are {', '.join(fields)}"
-                raise ValueError(f"{prefix}{name}: {value[name]!r}: unknown key, {hint}")
+                raise ValueError(f"{prefix}{str(name)[:100]}: {_shown(value[name])}: unknown key, {hint}")
         for name in fields:
             if name not in value:
                 raise ValueError(f"{prefix}{name}: missing; every key is to be set")
@@ -154,6 +186,11 @@ def _convert(value, kind, key):
     if kind is dict or origin is dict:
         check(isinstance(value, dict), key, value, "a mapping of keys to values")
         check(all(isinstance(name, str) for name in value), key, value, "keys that are text")
+        if kind is dict:
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError):
+                check(False, key, value, "plain values: no dates, sets or bytes")
         if origin is dict:
             value = {name: _convert(item, arguments[1], f"{key}.{name}") for name, item in value.items()}
         return value
@@ -162,7 +199,7 @@ def _convert(value, kind, key):
         check(not isinstance(value, bool) and isinstance(value, (int, float, str)), key, value, expected)
         try:
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             number = math.nan
         check(math.isfinite(number) and kind(number) == number, key, value, expected)
         return kind(number)
@@ -195,7 +232,7 @@ def one_line_errors(memory_keys):
 
 
 def _one_line(error):
-    return " ".join(str(error).split())[:200]
+    return " ".join(str(error).split())[:300]
 
 
 class StopSignals:
@@ -824,6 +861,19 @@ class AppendedFile:
             tqdm.write(f"warning: {self.file.name} cannot be written for now: {error}; training goes on")
 
 
+def as_text(text):
+    """Any text as Markdown that shows it as it is, in one line: no markup works, and what is invisible can be seen."""
+
+    def shown(c):
+        if c.isalnum() or c == " ":
+            return c
+        if unicodedata.category(c)[0] == "C":  # controls, zero-width characters, changes of direction
+            return "<br>" if c == "\n" else f"&#92;u{ord(c):04x}"
+        return f"&#{ord(c)};"
+
+    return "".join(map(shown, text))
+
+
 class Logger:
     """TensorBoard scalars, texts and hyperparameters of one run, in one folder."""
 
@@ -861,8 +911,7 @@ class Logger:
         rows = ["| | prompt | answer | completion |", "|---|---|---|---|"]
         for item, text in zip(items, texts, strict=True):
             verdict = "✓" if strict_correct(text, item["answer"]) else "✗"
-            cells = [item["prompt"], item["answer"], text]
-            cells = [html.escape(cell).replace("|", "&#124;").replace("\n", "<br>") for cell in cells]
+            cells = [as_text(cell) for cell in (item["prompt"], item["answer"], text)]
             rows.append(f"| {verdict} | {' | '.join(cells)} |")
         self.text(tag, "\n".join(rows), step)
 

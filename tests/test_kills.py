@@ -51,7 +51,7 @@ def test_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path,
     for _ in range(KILLS):
         process = start("killed")
         # From before anything is written to some steps further on, so that the kills spread over the run.
-        process.join(rng.uniform(0.0, 6.0 / KILLS * seconds))
+        process.join(rng.uniform(0.0, 4.0 / KILLS * seconds))
         process.kill()
         process.join()
         assert process.exitcode in (-signal.SIGKILL, 0)  # an error would be 1: every run started, or was killed before

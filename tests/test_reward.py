@@ -250,10 +250,10 @@ def test_unknown_reward_is_named(name, message):
     ("body", "message"),
     [
         ("raise KeyError('answers')", "bad_rewards:f raised KeyError: 'answers'"),
-        ("return [float('nan')] * len(completions)", "bad_rewards:f returned nan, no finite number, for 'some text'"),
+        ("return [1j] * len(completions)", "bad_rewards:f returned 1j, no number, for 'some text'"),
         ("return [1.0]", "bad_rewards:f returned 1 items, expected a list of 2 numbers"),
         ("return None", "bad_rewards:f returned NoneType, expected a list of 2 numbers"),
-        ("return ['1', '2']", "bad_rewards:f returned '1', no finite number"),
+        ("return ['1', '2']", "bad_rewards:f returned '1', no number"),
     ],
 )
 def test_bug_in_a_reward_function_stops_and_is_named(monkeypatch, tmp_path, body, message):

@@ -403,7 +403,7 @@ def test_completions_in_the_log_are_text_and_never_markup(tmp_path):
     events.Reload()
     (event,) = events.Tensors("eval/completions/text_summary")
     table = event.tensor_proto.string_val[0].decode()
-    assert "<script>" not in table and "<b>" not in table and "&lt;script&gt;" in table
+    assert "<script>" not in table and "<b>" not in table and "&#60;script&#62;" in table
     assert len(table.splitlines()) == 3 and table.splitlines()[2].count("|") == 5
 
 
