@@ -133,7 +133,7 @@ def load_config(config_class, path, overrides=()):
         return _convert(values, config_class, "")
     except ValueError as error:
         set_there = any(str(error).startswith(override.partition("=")[0]) for override in overrides)
-        raise ValueError(f"{'command line' if set_there else path}: {error}") from None
+        raise ValueError(f"{'command line' if set_there else path}: {_one_line(error)}") from None
 
 
 def run_from_command_line(main, config_class, default_path, example, memory_keys):
@@ -232,7 +232,7 @@ def one_line_errors(memory_keys):
 
 
 def _one_line(error):
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).split())[:600]
 
 
 class StopSignals:

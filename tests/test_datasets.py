@@ -211,11 +211,11 @@ def test_jsonl_holds_out_every_tenth_line_or_takes_a_test_file(tmp_path):
         ('["a"]\n', "line 3: expected an object, not list"),
         ('{"prompt": "p"}\n', 'line 3: "answer" is None, expected text'),
         ('{"prompt": "p", "answer": 7}\n', 'line 3: "answer" is 7, expected text'),
-        ('{"prompt": " ", "answer": "7"}\n', "line 3: "),
+        ('{"prompt": " ", "answer": "7"}\n', "line 3: \"prompt\" is ' ', expected text"),
         ('{"prompt": "p", "answer": "7", "level": 1}\n', "line 3: keys"),
         ('{"prompt": "p", "answer": "7", "completions": 1}\n', 'line 3: "completions" cannot be the name of a column'),
         ("[" * 100_000 + "\n", "line 3: "),
-        ('{"prompt": "\\ud800", "answer": "7"}\n', "line 3: "),
+        ('{"prompt": "\\ud800", "answer": "7"}\n', "surrogates not allowed"),
     ],
 )
 def test_bad_jsonl_line_is_named_by_number(tmp_path, line, message):
