@@ -664,8 +664,7 @@ def main(config, stop_requested=lambda: False):
         progress.close()
         accelerator.print(f"stopped after iteration {len(states) - 1}; to go on:\n    {resume_command(folder)}")
     else:
-        before = states[0]["evaluation"]
-        after = states[-1].get("evaluation") or evaluate_model(config.num_iterations)
+        before, after = states[0]["evaluation"], states[-1].get("evaluation") or evaluate_model(config.num_iterations)
         progress.close()
     if is_main and len(states) - 1 == config.num_iterations:
         accuracy = {"eval/strict_accuracy": after["strict"], "eval/lenient_accuracy": after["lenient"]}

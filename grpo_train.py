@@ -602,7 +602,7 @@ def main(config, stop_requested=lambda: False):
     unsaved = None
     if not state:
         state = {"step": 0, "seconds": 0.0, "generated_tokens": 0, "skipped_steps": 0, "skipped_in_a_row": 0}
-        state["before"] = state["after"] = evaluate_policy(0)
+        state["before"] = evaluate_policy(0)
         unsaved = save(state)
 
     for step in range(state["step"], config.num_steps):
@@ -693,6 +693,7 @@ def main(config, stop_requested=lambda: False):
             "generated_tokens": state["generated_tokens"] + int(scores["length"].sum()),
             "skipped_steps": state["skipped_steps"] + bool(skipped),
             "skipped_in_a_row": state["skipped_in_a_row"] + 1 if skipped else 0,
+            "after": None,
         }
         tokens = summarize_tokens(token_values, accelerator)
         metrics = {
@@ -734,12 +735,14 @@ def main(config, stop_requested=lambda: False):
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.num_steps:
             unsaved = save(state)
 
-    progress.close()
     if state["step"] < config.num_steps:  # asked to stop
         unsaved = save(state)
+        progress.close()
         accelerator.print(f"stopped after step {state['step']}; to go on:\n    {resume_command(folder)}")
-    elif is_main:
-        before, after = state["before"], state["after"]
+    else:
+        before, after = state["before"], state["after"] or evaluate_policy(config.num_steps)
+        progress.close()
+    if is_main and state["step"] == config.num_steps:
         accuracy = {"eval/strict_accuracy": after["strict"], "eval/lenient_accuracy": after["lenient"]}
         logger.hparams(accuracy)
         print_summary(before, after, len(test_items), state["seconds"], time.perf_counter() - start)

@@ -195,3 +195,19 @@ def test_missing_file_and_binary_file_get_one_line(tmp_path):
     (tmp_path / "binary.yml").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(ValueError, match="binary.yml: "):
         load_config(GRPOConfig, tmp_path / "binary.yml")
+
+
+def test_every_test_that_readme_names_exists_and_every_command_names_files_that_do():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    guarantees = readme[readme.index("## What is guaranteed") : readme.index("## Your own task")]
+    named = re.findall(r"`(test_\w+)`", guarantees)
+    assert len(named) > 30
+    for name in named:
+        assert f"def {name}(" in tests, name
+    promises = guarantees.split("\n- ")[1:]
+    assert all("`test_" in promise for promise in promises)
+    files = re.findall(r"(?:python|--config|num_processes 2|nproc_per_node 2) ((?:\w+/)*[\w.-]+\.(?:py|yml))", readme)
+    assert len(files) > 10
+    for name in files:
+        assert (ROOT / name).is_file() or "/NAME/" in name, name
