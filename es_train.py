@@ -75,6 +75,7 @@ from utils import (
     run_from_command_line,
     run_identity,
     save_checkpoint,
+    say,
     schedule_factor,
     score_completions,
     seal,
@@ -421,6 +422,14 @@ class Journal:
         self.file.append(seal(state), sync=True)
 
 
+def load_master(path, master):
+    """The fp32 weights of a checkpoint's model into the master, {name: tensor}."""
+    check(path.is_dir(), "resume", str(path), "a folder that all processes can see")
+    saved = dict(load_model(str(path), "float32", "cpu").named_parameters())
+    for name, weight in master.items():
+        weight.copy_(saved[name])
+
+
 def apply_update(master, shapes, iteration, z, learning_rate, config, device):
     """The update of one iteration: what the training loop makes, and what a journal's line makes again."""
     K = config.num_noises
@@ -453,16 +462,13 @@ def main(config, stop_requested=lambda: False):
     world, process, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     train_set, test_items = load_problems(config, world)
     N, P = config.population_size, config.prompts_per_iteration
-    members_at_once = config.population_batch if config.perturbation == "low_rank" else 1
+    # With low_rank a batch holds members whole, as their rows share hooks; with gaussian it holds rows of one.
+    members_at_once, block = (config.population_batch, P) if config.perturbation == "low_rank" else (1, None)
     check(N >= world, "population_size", N, f"at least {world}, one for each process")
     is_main = accelerator.is_main_process
     folder = run_folder(config, "journal.jsonl") if is_main else None
 
     model = load_model(config.model, config.dtype, device, config.cache_dir)
-    free_keys = {"population_batch"}  # changes the rounding at most
-    if config.lr_schedule == config.noise_schedule == "constant":  # else they depend on where the run ends
-        free_keys.add("num_iterations")
-    identity = {"kind of device": device.type, **run_identity(config, model, free_keys)}
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
     model.requires_grad_(False)
@@ -474,6 +480,11 @@ def main(config, stop_requested=lambda: False):
     check_prompt_lengths(model, train_prompts + test_prompts, config.max_new_tokens)
     if config.perturbation == "low_rank":
         check_low_rank(model, config.rank)
+    free_keys = {"population_batch"}  # changes the rounding at most
+    if config.lr_schedule == config.noise_schedule == "constant":  # else they depend on where the run ends
+        free_keys.add("num_iterations")
+    identity = {"kind of device": device.type}
+    identity |= run_identity(config, model, train_prompts + test_prompts, [*train_set, *test_items], free_keys)
     parameters = dict(model.named_parameters())  # a tied one once
     theta_0 = {name: parameter.clone() for name, parameter in parameters.items()}
     master = {name: parameter.float().clone() for name, parameter in parameters.items()}
@@ -486,20 +497,19 @@ def main(config, stop_requested=lambda: False):
         journal = Journal(folder, identity)
         states = journal.states
         checkpoint = newest_checkpoint(folder, len(states) - 1)
-        write_file(folder / "config.yml", config_text(config).encode())  # with which --config resumes the run
     folder, states, checkpoint = broadcast_object_list([folder, states, checkpoint])
     num_done, num_made = max(0, len(states) - 1), -1
     check(config.num_iterations >= num_done, "num_iterations", config.num_iterations, f"at least the {num_done} done")
     if checkpoint:
         path, num_made = checkpoint[0] / "model", checkpoint[1]["iteration"]
-        saved = dict(load_model(str(path), "float32", "cpu").named_parameters())
-        for name, weight in master.items():
-            weight.copy_(saved[name])
+        load_master(path, master)
         if fingerprint(master) != states[num_made]["weights"]:
             raise ValueError(f"resume: {path} does not hold the weights that the run had at iteration {num_made}")
     missing = tqdm(states[num_made + 1 :], "replay", disable=None if is_main else True, leave=False)
     replay(missing, master, shapes, config, device)
     write_weights(model, master)
+    if is_main:
+        write_file(folder / "config.yml", config_text(config).encode())  # with which --config resumes the run
     logger = Logger(folder if is_main else None, config, first_step=len(states))
     num_total = sum(p.numel() for p in parameters.values())
     accelerator.print(
@@ -520,7 +530,7 @@ def main(config, stop_requested=lambda: False):
         pad_id=tokenizer.pad_token_id,
     )
     progress = tqdm(total=config.num_iterations, initial=num_done, disable=None if is_main else True)
-    log = progress.write if is_main else lambda text: None
+    log = say if is_main else lambda text: None
     batch_size = HalvingSize("population_batch", config.population_batch * P)
 
     def evaluate_model(step):
@@ -580,7 +590,7 @@ def main(config, stop_requested=lambda: False):
                     scales = noise_scale * torch.tensor(signs, device=device)
                     population = Population(model, shapes, generators, scales, P)
             with phase("rollout"), population as on_rows:
-                completions = answer(prompts * len(members), batch_size=batch_size, on_rows=on_rows, block_size=P)
+                completions = answer(prompts * len(members), batch_size=batch_size, on_rows=on_rows, block_size=block)
             with phase("reward"):
                 row_scores += score_completions(config.rewards, completions, tokenizer, items * len(members))
         scores = gather_scores(row_scores, device)  # of all N * P rows, member after member
@@ -656,7 +666,7 @@ def main(config, stop_requested=lambda: False):
         if (iteration + 1) % config.eval_every == 0 or iteration + 1 == config.num_iterations:
             state["evaluation"] = evaluate_model(iteration + 1)
         commit(state)
-        if (iteration + 1) % config.checkpoint_every == 0 or iteration + 1 == config.num_iterations:
+        if not skipped and ((iteration + 1) % config.checkpoint_every == 0 or iteration + 1 == config.num_iterations):
             unsaved = save()
 
     if len(states) - 1 < config.num_iterations:  # asked to stop
@@ -677,8 +687,8 @@ def main(config, stop_requested=lambda: False):
     if is_main:
         lock.close()
     accelerator.end_training()
-    if unsaved or (is_main and journal.file.waiting):
-        raise OSError(unsaved or f"{folder / 'journal.jsonl'} lacks its last lines")
+    if unsaved or (is_main and (journal.file.waiting or logger.file.waiting)):
+        raise OSError(unsaved or f"{folder}: journal.jsonl or the TensorBoard log lacks its last lines")
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ from utils import (
     run_from_command_line,
     run_identity,
     save_checkpoint,
+    say,
     schedule_factor,
     score_completions,
     seed_libraries,
@@ -443,6 +444,7 @@ def add_gradients(model, micro_batches, budget, config, frozen_copy, autocast):
         except torch.OutOfMemoryError:
             if all(len(batch.ids) == 1 for batch in micro_batches):
                 raise
+        loss = None  # and with it the graph of the failed pass, which is most of what the memory is full of
         model.zero_grad()
         budget.halve(max(batch.ids.numel() for batch in micro_batches))
         if is_first:
@@ -476,9 +478,10 @@ def summarize_tokens(values, accelerator):
 def save_progress(path, model, tokenizer, optimizer, names):
     """What a checkpoint holds besides its state: the trained weights as a Hugging Face folder, AdamW's moments."""
     write_model(model, tokenizer, path / "model")
+    state = optimizer.state_dict()["state"].values()  # of all parameters, or of none before the first update
     moments = {
         f"{name}.{key}": value
-        for name, values in zip(names, optimizer.state_dict()["state"].values(), strict=False)  # none before a step
+        for name, values in zip(names if state else [], state, strict=True)
         for key, value in values.items()
     }
     save_file(moments, path / "optimizer.safetensors")
@@ -486,6 +489,7 @@ def save_progress(path, model, tokenizer, optimizer, names):
 
 def load_progress(path, model, optimizer, parameters):
     """Make model and optimizer what they were when `save_progress` wrote `path`. parameters: {name: trained one}"""
+    check(path.is_dir(), "resume", str(path), "a folder that all processes can see")
     if isinstance(model, PeftModel):
         set_peft_model_state_dict(model, load_file(path / "model" / "adapter_model.safetensors"), "default")
     else:
@@ -495,8 +499,7 @@ def load_progress(path, model, optimizer, parameters):
     moments = load_file(path / "optimizer.safetensors")
     state = {
         i: {key: moments[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        for i, name in enumerate(parameters)
-        if moments
+        for i, name in enumerate(parameters if moments else [])
     }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -527,7 +530,7 @@ def main(config, stop_requested=lambda: False):
     free_keys = {"gradient_checkpointing", "micro_batch_tokens", "generation_batch_size"}
     if config.lr_schedule == "constant":  # else the learning rate depends on where the run ends
         free_keys.add("num_steps")
-    identity = run_identity(config, model, free_keys)
+    identity = run_identity(config, model, train_prompts + test_prompts, [*train_set, *test_items], free_keys)
     model = make_policy(model, config.lora, config.gradient_checkpointing)
     named_parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     parameters = list(named_parameters.values())
@@ -541,18 +544,23 @@ def main(config, stop_requested=lambda: False):
     checkpoint = state = None
     if is_main:
         config, lock = open_run_folder(folder, config)
-        checkpoint = newest_checkpoint(folder, config.num_steps)
+        checkpoint = newest_checkpoint(folder)
         if checkpoint:
-            check_same_run(identity, checkpoint[1]["run"], checkpoint[0])
+            check_same_run(identity, checkpoint[1].get("run", {}), checkpoint[0])
         elif checkpoint_folders(folder):
-            raise ValueError(f"resume: no checkpoint in {folder / 'checkpoints'} is whole, or of at most num_steps")
-        write_file(folder / "config.yml", config_text(config).encode())  # with which --config resumes the run
+            raise ValueError(f"resume: no checkpoint in {folder / 'checkpoints'} is whole")
+        elif (folder / "config.yml").exists():
+            print(f"resume: {folder} has no checkpoint: starting from step 0")
     folder, checkpoint = broadcast_object_list([folder, checkpoint])
     if checkpoint:
         path, state = checkpoint
+        num_done = state["step"]
+        check(config.num_steps >= num_done, "num_steps", config.num_steps, f"at least the {num_done} done")
         load_progress(path, model, optimizer, named_parameters)
         if fingerprint(named_parameters) != state["weights"]:
             raise ValueError(f"resume: {path / 'model'} does not give the weights that were saved")
+    if is_main:
+        write_file(folder / "config.yml", config_text(config).encode())  # with which --config resumes the run
 
     logger = Logger(folder if is_main else None, config, first_step=state["step"] + 1 if state else 0)
     num_trained, num_total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
@@ -573,7 +581,7 @@ def main(config, stop_requested=lambda: False):
         disable=None if is_main else True,
         dynamic_ncols=True,
     )
-    log = progress.write if is_main else lambda text: None
+    log = say if is_main else lambda text: None
     generation_batch = HalvingSize("generation_batch_size", config.generation_batch_size)
     update_batch = HalvingSize("micro_batch_tokens", config.micro_batch_tokens)
 
@@ -732,13 +740,15 @@ def main(config, stop_requested=lambda: False):
             check_skipped(state["skipped_in_a_row"], config.max_skipped_steps, skipped, folder)
         if (step + 1) % config.eval_every == 0 or step + 1 == config.num_steps:
             state["after"] = evaluate_policy(step + 1)
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.num_steps:
+        # Not after a skipped step: weights that make nothing finite any more must not take good ones' place.
+        if not skipped and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.num_steps):
             unsaved = save(state)
 
     if state["step"] < config.num_steps:  # asked to stop
         unsaved = save(state)
         progress.close()
-        accelerator.print(f"stopped after step {state['step']}; to go on:\n    {resume_command(folder)}")
+        if not unsaved:
+            accelerator.print(f"stopped after step {state['step']}; to go on:\n    {resume_command(folder)}")
     else:
         before, after = state["before"], state["after"] or evaluate_policy(config.num_steps)
         progress.close()
@@ -758,8 +768,8 @@ def main(config, stop_requested=lambda: False):
     if is_main:
         lock.close()
     accelerator.end_training()
-    if unsaved:
-        raise OSError(unsaved)
+    if unsaved or (is_main and logger.file.waiting):
+        raise OSError(unsaved or f"{logger.file.file.name} lacks its last records")
 
 
 if __name__ == "__main__":

@@ -95,7 +95,10 @@ def _read_yaml(text):
 
 
 def _shown(value):
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        text = "a huge number"
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
@@ -219,16 +222,21 @@ def one_line_errors(memory_keys):
     try:
         yield
     except torch.OutOfMemoryError as error:
-        sys.exit(f"error: out of GPU memory, with the smallest batches too: lower {memory_keys} ({_one_line(error)})")
+        sys.exit(f"error: out of GPU memory: lower {memory_keys} ({_one_line(error)})")
     except (ValueError, OSError, RuntimeError) as error:
-        frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+        frames = [Path(frame.filename).resolve() for frame in traceback.extract_tb(error.__traceback__)]
+        while frames[-1].is_relative_to(STDLIB) and "site-packages" not in frames[-1].parts:  # open, say
+            frames.pop()
         if isinstance(error, RuntimeError) and any(frame.name == "distributed_c10d.py" for frame in frames):
             sys.exit(f"error: another process of this run has ended; its message says why ({_one_line(error)})")
-        if isinstance(error, RuntimeError) or frames[-1].resolve().parent != Path(__file__).resolve().parent:
+        if isinstance(error, RuntimeError) or frames[-1].parent != Path(__file__).resolve().parent:
             raise
         if error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
         sys.exit(f"error: {error}")
+
+
+STDLIB = Path(os.__file__).resolve().parent
 
 
 def _one_line(error):
@@ -238,9 +246,9 @@ def _one_line(error):
 class StopSignals:
     """Whether SIGINT or SIGTERM has asked the run to stop, once the step that it is in is done.
 
-    A second signal ends the process at once, and so does the first before the run has asked for the first time:
-    there is no step to finish then. Of several processes, each of which a launcher sends signals of its own on top of
-    the terminal's, only the launcher ends at once.
+    A second signal ends the process at once, and so does the first before the run has asked for the first time, when
+    no step was begun. One of several processes takes no second signal: launchers send their own on top of the
+    terminal's, and kill what has not ended some time after it.
     """
 
     def __enter__(self):
@@ -456,7 +464,7 @@ class HalvingSize:
     def halve(self, tried):
         """tried: how much there was when memory ran out"""
         self.size = max(1, min(self.size, tried) // 2)
-        tqdm.write(f"out of GPU memory with {tried} at once: going on with {self.size} ({self.key} is too large)")
+        say(f"out of GPU memory with {tried} at once: going on with {self.size} ({self.key} is too large)")
         torch.cuda.empty_cache()
 
 
@@ -762,11 +770,11 @@ def non_finite(scores):
 
 
 def check_skipped(in_a_row, limit, reason, folder):
-    """ValueError, saying why, once the last `limit` steps have made no update."""
+    """ValueError, saying why, once the last `limit` steps were skipped."""
     if in_a_row >= limit:
-        last = next(iter(checkpoint_folders(folder).values()), "none")
+        last = next(iter(checkpoint_folders(folder).values()), "none yet")
         raise ValueError(
-            f"max_skipped_steps: {in_a_row} steps in a row have made no update, the last because {reason}; "
+            f"max_skipped_steps: {in_a_row} steps in a row were skipped, the last because {reason}; "
             f"the last good checkpoint: {last}"
         )
 
@@ -840,25 +848,33 @@ def print_summary(before, after, num_items, training_seconds, total_seconds):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def say(text):
+    """Print above the progress bar, if there is where to: standard output may be a file on the disk that is full."""
+    with contextlib.suppress(OSError):
+        tqdm.write(text)
+
+
 class AppendedFile:
     """A file that grows by whole records. What a full disk does not take waits for the next time, and is said to."""
 
     def __init__(self, path):
         self.file, self.waiting = open(path, "ab", buffering=0), b""
+        self.length = os.path.getsize(path)
 
     def append(self, data, sync=False):
         """sync: return when it is not only out of this process's hands, but on the disk."""
         self.waiting += data
-        length, written = os.fstat(self.file.fileno()).st_size, 0
+        length, written = self.length, 0
         try:
             while written < len(self.waiting):
                 written += self.file.write(self.waiting[written:])
             if sync:
                 os.fsync(self.file.fileno())
-            self.waiting = b""
+            self.waiting, self.length = b"", length + written
         except OSError as error:
-            self.file.truncate(length)
-            tqdm.write(f"warning: {self.file.name} cannot be written for now: {error}; training goes on")
+            with contextlib.suppress(OSError):
+                self.file.truncate(length)
+            say(f"warning: {self.file.name} cannot be written for now: {error}; training goes on")
 
 
 def as_text(text):
@@ -1049,12 +1065,17 @@ def whole_folder(folder):
         for path in partial.rglob("*"):
             _sync(path)
         _sync(partial)
+        old = Path(f"{folder}.old.partial")
+        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, old)
         os.replace(partial, folder)
         _sync(folder.parent)
-    except (OSError, SafetensorError) as error:
+        shutil.rmtree(old, ignore_errors=True)
+    except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:  # as tokenizers raises
+            raise
         raise OSError(f"{folder} cannot be saved: {_one_line(error)}") from None
 
 
@@ -1091,10 +1112,18 @@ def check_processes_agree(weights, accelerator):
         raise ValueError("processes have come to different weights: they compute otherwise, as other GPUs do")
 
 
-def run_identity(config, model, free_keys):
-    """What must not change when a run is resumed: {key: value} of the config and of what it starts from."""
+def run_identity(config, model, prompts, items, free_keys):
+    """What must not change when a run is resumed: {key: value} of the config and of what it starts from.
+
+    prompts: token ids of all problems; items: the problems
+    """
     values = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE_KEYS | free_keys}
-    return {"starting weights": fingerprint(dict(model.named_parameters())), **values}
+    problems = json.dumps([prompts, [item["answer"] for item in items]]).encode()
+    return {
+        "starting weights": fingerprint(dict(model.named_parameters())),
+        "problems": f"{zlib.crc32(problems):08x}",
+        **values,
+    }
 
 
 def check_same_run(ours, theirs, file):
@@ -1141,6 +1170,9 @@ def save_checkpoint(folder, step, state, keep, write):
     wrong if it cannot be saved, as when the disk is full, or None.
     """
     path = folder / "checkpoints" / f"step_{step:06d}"
+    with contextlib.suppress(ValueError):
+        if read_state(path) == state:  # it is there already: what is whole is not written again
+            return None
     try:
         with whole_folder(path) as partial:
             write(partial)
@@ -1149,15 +1181,17 @@ def save_checkpoint(folder, step, state, keep, write):
                 with open(file, "rb") as data:
                     digests[str(file.relative_to(partial))] = hashlib.file_digest(data, "sha256").hexdigest()
             (partial / "state.json").write_bytes(seal({"state": state, "sha256 of files": digests}))
+        for partial in (folder / "checkpoints").glob("*.partial"):  # left by a kill
+            shutil.rmtree(partial)
+        paths = checkpoint_folders(folder)
+        later = [other for other in paths if other > step]  # damaged, or of steps that the log has lost
+        for old in [*later, *[other for other in paths if other <= step][keep:]]:
+            partial = f"{paths[old]}.partial"  # so that half of it is no checkpoint
+            os.replace(paths[old], partial)
+            shutil.rmtree(partial)
     except OSError as error:
-        tqdm.write(f"warning: {error}; training goes on")
+        say(f"warning: {error}; training goes on")
         return str(error)
-    paths = checkpoint_folders(folder)
-    later = [other for other in paths if other > step]  # damaged, or of steps that the log has lost
-    for old in [*later, *[other for other in paths if other <= step][keep:]]:
-        os.replace(paths[old], f"{paths[old]}.partial")  # so that half of it is no checkpoint
-    for partial in (folder / "checkpoints").glob("*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
     return None
 
 
@@ -1178,7 +1212,7 @@ def read_state(path):
     return content["state"]
 
 
-def newest_checkpoint(folder, last_step):
+def newest_checkpoint(folder, last_step=math.inf):
     """(path, state) of the newest undamaged checkpoint up to `last_step`, or None. Damaged ones are named."""
     for step, path in checkpoint_folders(folder).items():
         if step <= last_step:

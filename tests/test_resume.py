@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,6 +170,46 @@ def test_resuming_with_another_config_names_the_key(tmp_path, script):
         assert message in str(error.value)
 
 
+def test_resuming_with_fewer_steps_than_were_done_is_refused_and_leaves_the_config(tmp_path, script):
+    folder = script.train(tmp_path / "run", "lr_schedule=constant", stop_after=3)
+    before = files_of(folder)
+    with pytest.raises(ValueError, match=f"{script.num_steps}: 2, expected at least the 3 done"):
+        script.train(folder, "lr_schedule=constant", f"{script.num_steps}=2")
+    assert files_of(folder) == before
+
+
+def test_resuming_with_other_problems_is_refused(tmp_path, script):
+    lines = [json.dumps({"prompt": f"Compute {i}+{i}", "answer": str(2 * i)}) for i in range(30)]
+    file = tmp_path / "problems.jsonl"
+    file.write_text("\n".join(lines))
+    overrides = [f"dataset={file}", "eval_size=2"]
+    folder = script.train(tmp_path / "run", *overrides, stop_after=1)
+    file.write_text("\n".join(lines).replace('"56"', '"57"'))
+    with pytest.raises(ValueError, match=r"resume: .*: problems: '\w{8}', but that run was started with '"):
+        script.train(folder, *overrides)
+    file.write_text("\n".join(lines))
+    script.train(folder, *overrides)
+
+
+def test_run_without_a_checkpoint_starts_anew_and_says_so(tmp_path, capsys, undisturbed):
+    folder = SCRIPTS["grpo"].train(tmp_path / "run", stop_after=1)
+    shutil.rmtree(folder / "checkpoints")
+    SCRIPTS["grpo"].train(folder)
+    assert f"resume: {folder} has no checkpoint: starting from step 0" in capsys.readouterr().out
+    assert_same_run(folder, undisturbed["grpo"])
+
+
+def test_folder_of_the_other_script_is_refused(tmp_path, undisturbed):
+    for name, other in (("grpo", "es"), ("es", "grpo")):
+        shutil.copytree(undisturbed[other], tmp_path / other)
+        before = files_of(tmp_path / other)
+        with pytest.raises(ValueError, match="resume: |run_name: "):
+            SCRIPTS[name].train(tmp_path / other)
+        assert {k: v for k, v in files_of(tmp_path / other).items() if k != "lock"} == {
+            k: v for k, v in before.items() if k != "lock"
+        }
+
+
 def test_resuming_with_another_model_is_refused_and_a_moved_one_is_not(tmp_path, script, undisturbed):
     script.train(tmp_path / "run", stop_after=2)
     shutil.copytree(TINY, tmp_path / "moved")
@@ -229,8 +270,8 @@ def test_at_whatever_call_a_process_dies_the_newest_checkpoint_is_whole(tmp_path
 
         def dies(*args, honest=honest, calls=calls, last=last, **kwargs):
             if len(calls) == last:
-                if call == "rmtree" and args[0].exists():
-                    next(file for file in args[0].rglob("*") if file.is_file()).unlink()
+                if call == "rmtree" and Path(args[0]).exists():
+                    next(file for file in Path(args[0]).rglob("*") if file.is_file()).unlink()
                 raise KeyboardInterrupt
             calls.append(args)
             return honest(*args, **kwargs)
@@ -248,6 +289,40 @@ def test_at_whatever_call_a_process_dies_the_newest_checkpoint_is_whole(tmp_path
         if survived:
             break
     assert survived >= 2, survived
+
+
+def test_whole_checkpoint_is_not_written_again_and_what_a_kill_left_is_no_hindrance(tmp_path):
+    save_small(tmp_path, 1)
+    before = (tmp_path / "checkpoints" / "step_000001").stat().st_ino
+    save_small(tmp_path, 1)
+    assert (tmp_path / "checkpoints" / "step_000001").stat().st_ino == before
+    for name in ("step_000001.partial", "step_000001.old.partial", "step_000003.partial"):
+        (tmp_path / "checkpoints" / name / "model").mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "model" / "half").touch()
+    for step in (2, 3):
+        assert save_small(tmp_path, step) is None
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), Exception("No space left on device (os error 28)")])
+def test_whatever_a_library_raises_for_a_full_disk_is_a_warning(tmp_path, capsys, error):
+    def write(path):
+        (path / "tokenizer.json").write_text("half")
+        raise error
+
+    assert "step_000001 cannot be saved: " in save_checkpoint(tmp_path, 1, {}, 2, write)
+    assert "; training goes on" in capsys.readouterr().out
+    assert not list((tmp_path / "checkpoints").iterdir())
+    with pytest.raises(TypeError):  # a defect of ours is no full disk
+        save_checkpoint(tmp_path, 1, {}, 2, lambda path: path + 1)
+
+
+def test_messages_to_a_full_disk_do_not_end_the_run(monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(utils.tqdm, "write", full)
+    utils.say("warning")
 
 
 DAMAGE = {
