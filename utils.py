@@ -1119,11 +1119,8 @@ def run_identity(config, model, prompts, items, free_keys):
     """
     values = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE_KEYS | free_keys}
     problems = json.dumps([prompts, [item["answer"] for item in items]]).encode()
-    return {
-        "starting weights": fingerprint(dict(model.named_parameters())),
-        "problems": f"{zlib.crc32(problems):08x}",
-        **values,
-    }
+    weights = fingerprint(dict(model.named_parameters()))
+    return {"starting weights": weights, **values, "problems": f"{zlib.crc32(problems):08x}"}
 
 
 def check_same_run(ours, theirs, file):

@@ -43,15 +43,15 @@ def wait_until(condition, process, seconds=120):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_ends_the_run_after_its_step_with_a_checkpoint_and_the_line_that_resumes_it(tmp_path, script, number):
-    folder, overrides = tmp_path / "run", [f"{script.num_steps}=30", "checkpoint_every=4"]
+    folder, overrides = tmp_path / "run", [f"{script.num_steps}=16", "checkpoint_every=2"]
     process = start(script, folder, *overrides)
-    wait_until(lambda: last_step(folder) == 4, process)
+    wait_until(lambda: (last_step(folder) or 0) >= 2, process)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert "stopping after this step; once more stops at once" in err and "Traceback" not in err
     step = int(re.search(r"stopped after \w+ (\d+); to go on:\n", out)[1])
-    assert 4 <= step < 30 and last_step(folder) == step and not (folder / "model").exists()
+    assert 2 <= step < 16 and last_step(folder) == step and not (folder / "model").exists()
     assert [at for at, _ in scalars(folder)["reward/mean"]] == list(range(1, step + 1))
     command = shlex.split(out.splitlines()[-1])
     assert command == ["python", str(ROOT / f"{script.name}.py"), "--config", str(folder / "config.yml")]
@@ -183,6 +183,30 @@ def test_grpo_halves_its_batches_when_memory_runs_out_and_learns_the_same(tmp_pa
     ours, theirs = model_weights(run), model_weights(whole)
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("call", [1, 2, 4])
+def test_memory_that_runs_out_once_in_whatever_update_changes_nothing(tmp_path, monkeypatch, call):
+    """Calls 1 and 2 are the two updates of the first step, 4 is the second update of the second step."""
+    script, overrides = SCRIPTS["grpo"], ["updates_per_step=2", "learning_rate=0.01", "gradient_checkpointing=true"]
+    whole = script.train(tmp_path / "whole", *overrides)
+    honest, calls, models = script.module.completion_log_probs, [], []
+
+    def completion_log_probs(model, *args):
+        models.append(model)
+        calls.append(1)
+        if len(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return honest(model, *args)
+
+    monkeypatch.setattr(script.module, "completion_log_probs", completion_log_probs)
+    run = script.train(tmp_path / "run", *overrides)
+    ours, theirs = scalars(run), scalars(whole)
+    for tag in theirs:
+        if tag.startswith(("policy/", "optim/")):
+            assert [v for _, v in ours[tag]] == pytest.approx([v for _, v in theirs[tag]], rel=1e-3, abs=1e-5), tag
+    assert theirs["policy/kl_old"][0][1] > 1e-5  # so the ratios of the second update are not 1, and would not be missed
+    assert not any(module.training for module in models[0].modules())
 
 
 def test_gaussian_members_are_halved_too(tmp_path, capsys, small_memory):

@@ -24,7 +24,7 @@ def start(script, folder, *overrides, launcher=TWO_PROCESSES, path=()):
     return subprocess.Popen(
         [*launcher, *witness, *where, *script.small, *overrides],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*path, ROOT]))},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [ROOT, *path]))},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
