@@ -190,10 +190,9 @@ def test_memory_that_runs_out_once_in_whatever_update_changes_nothing(tmp_path, 
     """Calls 1 and 2 are the two updates of the first step, 4 is the second update of the second step."""
     script, overrides = SCRIPTS["grpo"], ["updates_per_step=2", "learning_rate=0.01", "gradient_checkpointing=true"]
     whole = script.train(tmp_path / "whole", *overrides)
-    honest, calls, models = script.module.completion_log_probs, [], []
+    honest, calls = script.module.completion_log_probs, []
 
     def completion_log_probs(model, *args):
-        models.append(model)
         calls.append(1)
         if len(calls) == call:
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -206,7 +205,6 @@ def test_memory_that_runs_out_once_in_whatever_update_changes_nothing(tmp_path, 
         if tag.startswith(("policy/", "optim/")):
             assert [v for _, v in ours[tag]] == pytest.approx([v for _, v in theirs[tag]], rel=1e-3, abs=1e-5), tag
     assert theirs["policy/kl_old"][0][1] > 1e-5  # so the ratios of the second update are not 1, and would not be missed
-    assert not any(module.training for module in models[0].modules())
 
 
 def test_gaussian_members_are_halved_too(tmp_path, capsys, small_memory):
