@@ -199,6 +199,15 @@ def test_run_without_a_checkpoint_starts_anew_and_says_so(tmp_path, capsys, undi
     assert_same_run(folder, undisturbed["grpo"])
 
 
+def test_checkpoint_that_a_process_cannot_see_is_named(tmp_path):
+    for load in (
+        lambda: SCRIPTS["grpo"].module.load_progress(tmp_path / "elsewhere", None, None, {}),
+        lambda: SCRIPTS["es"].module.load_master(tmp_path / "elsewhere", {}),
+    ):
+        with pytest.raises(ValueError, match="resume: .*elsewhere', expected a folder that all processes can see"):
+            load()
+
+
 def test_folder_of_the_other_script_is_refused(tmp_path, undisturbed):
     for name, other in (("grpo", "es"), ("es", "grpo")):
         shutil.copytree(undisturbed[other], tmp_path / other)
