@@ -422,6 +422,7 @@ class Journal:
         self.file.append(seal(state), sync=True)
 
 
+@torch.no_grad()
 def load_master(path, master):
     """The fp32 weights of a checkpoint's model into the master, {name: tensor}."""
     check(path.is_dir(), "resume", str(path), "a folder that all processes can see")
@@ -555,7 +556,9 @@ def main(config, stop_requested=lambda: False):
         def write(path):
             write_model(model, tokenizer, path / "model", master)
 
-        return save_checkpoint(folder, state["iteration"], state, config.keep_checkpoints, write) if is_main else None
+        # What skipped iterations save must not take the place of good ones.
+        keep = config.keep_checkpoints + states[-1]["skipped_in_a_row"]
+        return save_checkpoint(folder, state["iteration"], state, keep, write) if is_main else None
 
     unsaved = None
     if not states:
@@ -662,11 +665,11 @@ def main(config, stop_requested=lambda: False):
         progress.update()
         if skipped:
             log(f"iteration {iteration + 1} skipped: {skipped}")
-            check_skipped(state["skipped_in_a_row"], config.max_skipped_steps, skipped, folder)
+            check_skipped(iteration + 1, state["skipped_in_a_row"], config.max_skipped_steps, skipped, folder)
         if (iteration + 1) % config.eval_every == 0 or iteration + 1 == config.num_iterations:
             state["evaluation"] = evaluate_model(iteration + 1)
         commit(state)
-        if not skipped and ((iteration + 1) % config.checkpoint_every == 0 or iteration + 1 == config.num_iterations):
+        if (iteration + 1) % config.checkpoint_every == 0 or iteration + 1 == config.num_iterations:
             unsaved = save()
 
     if len(states) - 1 < config.num_iterations:  # asked to stop
@@ -685,6 +688,8 @@ def main(config, stop_requested=lambda: False):
         print(f"TensorBoard: tensorboard --logdir={config.log_dir}\nThe result is {folder / 'model'}; to load it:")
         print(f'    AutoModelForCausalLM.from_pretrained("{folder / "model"}")')
     if is_main:
+        journal.file.append(b"", sync=True)  # what waits for room on the disk, once more
+        logger.file.append(b"")
         lock.close()
     accelerator.end_training()
     if unsaved or (is_main and (journal.file.waiting or logger.file.waiting)):
@@ -697,5 +702,5 @@ if __name__ == "__main__":
         ESConfig,
         "es_config.yml",
         example="noise_scale=0.02",
-        memory_keys="prompts_per_iteration or max_new_tokens, or set dtype: bfloat16",
+        memory_keys="population_batch, prompts_per_iteration or max_new_tokens, or set dtype: bfloat16",
     )

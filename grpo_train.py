@@ -544,6 +544,8 @@ def main(config, stop_requested=lambda: False):
     checkpoint = state = None
     if is_main:
         config, lock = open_run_folder(folder, config)
+        is_es = (folder / "journal.jsonl").exists()
+        check(not is_es, "resume", str(folder), "a run of grpo_train.py; this one has a journal.jsonl")
         checkpoint = newest_checkpoint(folder)
         if checkpoint:
             check_same_run(identity, checkpoint[1].get("run", {}), checkpoint[0])
@@ -603,7 +605,8 @@ def main(config, stop_requested=lambda: False):
             folder,
             state["step"],
             state,
-            config.keep_checkpoints,
+            # What skipped steps save must not take the place of good ones: their weights may be why they are skipped.
+            config.keep_checkpoints + state["skipped_in_a_row"],
             lambda path: save_progress(path, model, tokenizer, optimizer, named_parameters),
         )
 
@@ -737,18 +740,17 @@ def main(config, stop_requested=lambda: False):
 
         if skipped:
             log(f"step {step + 1} skipped: {skipped}")
-            check_skipped(state["skipped_in_a_row"], config.max_skipped_steps, skipped, folder)
+            check_skipped(step + 1, state["skipped_in_a_row"], config.max_skipped_steps, skipped, folder)
         if (step + 1) % config.eval_every == 0 or step + 1 == config.num_steps:
             state["after"] = evaluate_policy(step + 1)
-        # Not after a skipped step: weights that make nothing finite any more must not take good ones' place.
-        if not skipped and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.num_steps):
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.num_steps:
             unsaved = save(state)
 
     if state["step"] < config.num_steps:  # asked to stop
         unsaved = save(state)
         progress.close()
-        if not unsaved:
-            accelerator.print(f"stopped after step {state['step']}; to go on:\n    {resume_command(folder)}")
+        missing = ", which could not be saved" if unsaved else ""
+        accelerator.print(f"stopped after step {state['step']}{missing}; to go on:\n    {resume_command(folder)}")
     else:
         before, after = state["before"], state["after"] or evaluate_policy(config.num_steps)
         progress.close()
@@ -766,6 +768,7 @@ def main(config, stop_requested=lambda: False):
             print(f'    base = AutoModelForCausalLM.from_pretrained("{base_name}")')
             print(f'    PeftModel.from_pretrained(base, "{folder / "model"}")')
     if is_main:
+        logger.file.append(b"")  # what waits for room on the disk, once more
         lock.close()
     accelerator.end_training()
     if unsaved or (is_main and logger.file.waiting):

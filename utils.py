@@ -224,7 +224,8 @@ def one_line_errors(memory_keys):
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: out of GPU memory: lower {memory_keys} ({_one_line(error)})")
     except (ValueError, OSError, RuntimeError) as error:
-        frames = [Path(frame.filename).resolve() for frame in traceback.extract_tb(error.__traceback__)]
+        frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+        frames = [Path(name).resolve() for name in frames if not name.startswith("<frozen ")]
         while frames[-1].is_relative_to(STDLIB) and "site-packages" not in frames[-1].parts:  # open, say
             frames.pop()
         if isinstance(error, RuntimeError) and any(frame.name == "distributed_c10d.py" for frame in frames):
@@ -267,7 +268,8 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.requested = True
-        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print could be interrupted by itself
+        once_more = b"" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else b"; once more stops at once"
+        os.write(2, b"\nstopping after this step" + once_more + b"\n")  # print could be interrupted by itself
 
     def __call__(self):
         self.has_asked = True
@@ -769,13 +771,14 @@ def non_finite(scores):
     return None
 
 
-def check_skipped(in_a_row, limit, reason, folder):
-    """ValueError, saying why, once the last `limit` steps were skipped."""
+def check_skipped(step, in_a_row, limit, reason, folder):
+    """ValueError, saying why, once the last `limit` steps up to `step` were skipped."""
     if in_a_row >= limit:
-        last = next(iter(checkpoint_folders(folder).values()), "none yet")
+        before = [path for saved, path in checkpoint_folders(folder).items() if saved <= step - in_a_row]
+        last = before[0] if before else "none yet"
         raise ValueError(
             f"max_skipped_steps: {in_a_row} steps in a row were skipped, the last because {reason}; "
-            f"the last good checkpoint: {last}"
+            f"the last good checkpoint, from before them: {last}"
         )
 
 
@@ -864,16 +867,17 @@ class AppendedFile:
     def append(self, data, sync=False):
         """sync: return when it is not only out of this process's hands, but on the disk."""
         self.waiting += data
-        length, written = self.length, 0
+        written = 0
         try:
+            self.file.truncate(self.length)  # half a record may be left if the disk was full
             while written < len(self.waiting):
                 written += self.file.write(self.waiting[written:])
             if sync:
                 os.fsync(self.file.fileno())
-            self.waiting, self.length = b"", length + written
+            self.waiting, self.length = b"", self.length + written
         except OSError as error:
             with contextlib.suppress(OSError):
-                self.file.truncate(length)
+                self.file.truncate(self.length)
             say(f"warning: {self.file.name} cannot be written for now: {error}; training goes on")
 
 
@@ -1057,7 +1061,7 @@ def whole_folder(folder):
     OSError, in one line, if anything in it cannot be written; then nothing is left of it.
     """
     folder = Path(folder)
-    partial = Path(f"{folder}.partial")
+    partial, old = Path(f"{folder}.partial"), Path(f"{folder}.old.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -1065,7 +1069,6 @@ def whole_folder(folder):
         for path in partial.rglob("*"):
             _sync(path)
         _sync(partial)
-        old = Path(f"{folder}.old.partial")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             os.replace(folder, old)
@@ -1074,6 +1077,8 @@ def whole_folder(folder):
         shutil.rmtree(old, ignore_errors=True)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
         if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:  # as tokenizers raises
             raise
         raise OSError(f"{folder} cannot be saved: {_one_line(error)}") from None
@@ -1118,9 +1123,9 @@ def run_identity(config, model, prompts, items, free_keys):
     prompts: token ids of all problems; items: the problems
     """
     values = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE_KEYS | free_keys}
-    problems = json.dumps([prompts, [item["answer"] for item in items]]).encode()
+    problems = json.dumps([prompts, items], default=lambda value: type(value).__name__).encode()
     weights = fingerprint(dict(model.named_parameters()))
-    return {"starting weights": weights, **values, "problems": f"{zlib.crc32(problems):08x}"}
+    return {**values, "starting weights": weights, "problems": f"{zlib.crc32(problems):08x}"}
 
 
 def check_same_run(ours, theirs, file):
@@ -1178,17 +1183,19 @@ def save_checkpoint(folder, step, state, keep, write):
                 with open(file, "rb") as data:
                     digests[str(file.relative_to(partial))] = hashlib.file_digest(data, "sha256").hexdigest()
             (partial / "state.json").write_bytes(seal({"state": state, "sha256 of files": digests}))
-        for partial in (folder / "checkpoints").glob("*.partial"):  # left by a kill
-            shutil.rmtree(partial)
-        paths = checkpoint_folders(folder)
-        later = [other for other in paths if other > step]  # damaged, or of steps that the log has lost
-        for old in [*later, *[other for other in paths if other <= step][keep:]]:
-            partial = f"{paths[old]}.partial"  # so that half of it is no checkpoint
-            os.replace(paths[old], partial)
-            shutil.rmtree(partial)
     except OSError as error:
         say(f"warning: {error}; training goes on")
         return str(error)
+    paths = checkpoint_folders(folder)
+    later = [path for other, path in paths.items() if other > step]  # damaged, or of steps that the log has lost
+    earlier = [path for other, path in paths.items() if other <= step][keep:]
+    for old in [*(folder / "checkpoints").glob("*.partial"), *later, *earlier]:  # partial: left by a kill
+        partial = old if old.suffix == ".partial" else Path(f"{old}.partial")  # so that half of it is no checkpoint
+        try:
+            os.replace(old, partial)
+            shutil.rmtree(partial)
+        except OSError as error:
+            say(f"warning: {old} cannot be removed: {error}")
     return None
 
 

@@ -162,6 +162,7 @@ def test_resuming_with_another_config_names_the_key(tmp_path, script):
         "seed=1": "seed: 1, but that run was started with 0",
         "learning_rate=0.5": "learning_rate: 0.5, but that run was started with",
         "rewards={accuracy: 1.0}": "rewards: {'accuracy': 1.0}, but that run was started with",
+        "dtype=bfloat16": "dtype: 'bfloat16', but that run was started with 'float32'",
         f"{script.num_steps}=9": f"{script.num_steps}: 9, but that run was started with 4",
         "resume=never": "exists already; choose another name or delete it",
     }.items():
@@ -206,6 +207,25 @@ def test_checkpoint_that_a_process_cannot_see_is_named(tmp_path):
     ):
         with pytest.raises(ValueError, match="resume: .*elsewhere', expected a folder that all processes can see"):
             load()
+
+
+def test_master_from_a_checkpoint_takes_no_part_in_gradients(tmp_path, undisturbed):
+    path, _ = newest_checkpoint(undisturbed["es"])
+    master = {name: torch.zeros_like(p) for name, p in AutoModelForCausalLM.from_pretrained(TINY).named_parameters()}
+    master = {name: weight.detach() for name, weight in master.items()}
+    SCRIPTS["es"].module.load_master(path / "model", master)
+    assert all(weight.any() and not weight.requires_grad for weight in master.values())
+
+
+def test_young_run_of_the_other_script_is_refused(tmp_path):
+    folder = SCRIPTS["es"].train(tmp_path / "run", stop_after=1)
+    shutil.rmtree(folder / "checkpoints")
+    before = files_of(folder)
+    with pytest.raises(
+        ValueError, match="resume: .*run', expected a run of grpo_train.py; this one has a journal.jsonl"
+    ):
+        SCRIPTS["grpo"].train(folder)
+    assert files_of(folder) == before
 
 
 def test_folder_of_the_other_script_is_refused(tmp_path, undisturbed):
@@ -311,6 +331,31 @@ def test_whole_checkpoint_is_not_written_again_and_what_a_kill_left_is_no_hindra
     for step in (2, 3):
         assert save_small(tmp_path, step) is None
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
+
+
+def test_what_cannot_be_removed_is_said_and_the_checkpoint_counts_as_saved(tmp_path, capsys, monkeypatch):
+    save_small(tmp_path, 1), save_small(tmp_path, 2)
+
+    def refuse(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        assert save_small(tmp_path, 3) is None
+    assert "step_000001 cannot be removed: [Errno 13] Permission denied" in capsys.readouterr().out
+    assert list(checkpoint_folders(tmp_path)) == [3, 2]
+    assert save_small(tmp_path, 4) is None
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_000003", "step_000004"]
+
+
+def test_half_record_that_could_not_be_removed_is_removed_before_the_next(tmp_path, capsys):
+    file = AppendedFile(tmp_path / "records")
+    file.append(b"a" * 10)
+    with open(tmp_path / "records", "ab") as half:
+        half.write(b"b" * 5)
+    file.append(b"b" * 10)
+    assert (tmp_path / "records").read_bytes() == b"a" * 10 + b"b" * 10
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), Exception("No space left on device (os error 28)")])
