@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import ROOT, SCRIPTS, TINY, assert_same_run, run_script, scalars
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -166,6 +167,7 @@ def test_resuming_with_another_config_names_the_key(tmp_path, script):
         f"{script.num_steps}=9": f"{script.num_steps}: 9, but that run was started with 4",
         "resume=never": "exists already; choose another name or delete it",
     }.items():
+        AcceleratorState._reset_state(reset_partial_state=True)  # as in a process of its own
         with pytest.raises(ValueError) as error:
             script.train(tmp_path / "run", "lr_schedule=linear", override)
         assert message in str(error.value)
