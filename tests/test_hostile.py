@@ -358,3 +358,13 @@ def test_any_journal_is_read_or_its_bad_line_named(tmp_path_factory, lines):
         assert [state["iteration"] for state in states] == list(range(len(states)))
     except ValueError as error:
         assert re.search(r"journal.jsonl, line \d+: ", str(error)) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("key", ["learning_rate", "seed", "max_new_tokens"])
+def test_integer_beyond_all_floats_is_refused_in_one_line(tmp_path, name, key):
+    content = defaults(SCRIPTS[name]) | {key: 10**400}
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=f"config.yml: {key}: 1000.*, expected a.* number") as error:
+        load_config(SCRIPTS[name].config_class, tmp_path / "config.yml")
+    assert len(str(error.value)) < 300
