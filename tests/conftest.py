@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: no test may wait for a network
@@ -196,6 +197,14 @@ def assert_same_run(folder, other):
         assert [step for step, _ in curves[tag]] == [step for step, _ in points], tag
         if not tag.startswith(("time/", "throughput/", "progress/seconds")):
             assert curves[tag] == points or math.isnan(points[0][1]), tag
+
+
+def wait_until(condition, process, seconds=120):
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit
+        time.sleep(0.01)
 
 
 def scalars(folder):

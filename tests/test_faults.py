@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, TINY, assert_same_run, model_weights, run_script, scalars
+from conftest import ROOT, SCRIPTS, TINY, assert_same_run, model_weights, run_script, scalars, wait_until
 from test_resume import last_step, name_of
 
 import utils
@@ -31,14 +31,6 @@ def start(script, folder, *overrides, path=()):
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def wait_until(condition, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -96,11 +96,14 @@ def test_any_completion_is_scored_zero_or_one_and_strict_is_never_kinder(text, r
         assert not any(tag in answer for tag in TAGS)
 
 
-@given(completions)
-def test_tags_in_any_other_order_or_number_are_no_form(text):
-    tags = re.findall("|".join(TAGS), text)
-    if tags != list(TAGS):
-        assert strict_answer(text) is None
+extra_tag = st.tuples(st.integers(0, 4), st.sampled_from(TAGS)).map(
+    lambda extra: [*TAGS[: extra[0]], extra[1], *TAGS[extra[0] :]]
+)
+
+
+@given(st.permutations(TAGS) | extra_tag | st.lists(st.sampled_from(TAGS)), st.sampled_from(["", " ", "\n"]))
+def test_tags_in_any_other_order_or_number_are_no_form(tags, filler):
+    assert (strict_answer(filler.join(tags)) is None) == (list(tags) != list(TAGS))
 
 
 @given(st.sampled_from(SPICE), st.sampled_from(SPICE), st.integers(1, 100_000))

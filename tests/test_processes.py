@@ -5,12 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, TINY, TWO_PROCESSES, assert_same_run, model_weights, scalars
+from conftest import ROOT, SCRIPTS, TINY, TWO_PROCESSES, assert_same_run, model_weights, scalars, wait_until
 from test_resume import last_step, name_of
 
 import utils
@@ -42,14 +41,6 @@ def end(process, seconds=240):
 
 def seen(folder, rank):
     return json.loads((folder.parent / f"seen{rank}.json").read_text())
-
-
-def wait_until(condition, process, seconds=120):
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < limit
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
