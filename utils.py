@@ -470,27 +470,36 @@ class HalvingSize:
         torch.cuda.empty_cache()
 
 
-class PreallocatedLayer(DynamicLayer):
-    """A cache layer that, after `batch_repeat_interleave`, writes into a buffer instead of concatenating."""
+@dataclasses.dataclass
+class Cursor:
+    """Where a decode step writes into the cache, and how much of it is read."""
 
-    def __init__(self, max_new_tokens):
+    slot: torch.Tensor  # (1,) the slot that is written
+    end: int  # slots that are read, more than `slot`
+
+
+class PreallocatedLayer(DynamicLayer):
+    """A cache layer that, after `batch_repeat_interleave`, writes one position at a time into a buffer that stays where
+    it is, at a slot that is a tensor: neither concatenates, and a CUDA graph can replay it."""
+
+    def __init__(self, max_new_tokens, cursor):
         super().__init__()
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens, self.cursor = max_new_tokens, cursor
 
     def batch_repeat_interleave(self, repeats):
         B, H, T, D = self.keys.shape
         self.buffers = [x.new_empty(B * repeats, H, T + self.max_new_tokens, D) for x in (self.keys, self.values)]
         for buffer, x in zip(self.buffers, (self.keys, self.values), strict=True):
             buffer[:, :, :T].unflatten(0, (B, repeats)).copy_(x[:, None])
+            buffer[:, :, T:] = 0  # read before it is written, masked; what happens to be there may be NaN
         self.keys, self.values = (buffer[:, :, :T] for buffer in self.buffers)
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not hasattr(self, "buffers"):
             return super().update(key_states, value_states, *args, **kwargs)
-        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
         for buffer, x in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start:end] = x
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+            buffer.index_copy_(2, self.cursor.slot, x.to(buffer.dtype))  # under autocast, prefill promotes values
+        self.keys, self.values = (buffer[:, :, : self.cursor.end] for buffer in self.buffers)
         return self.keys, self.values
 
     def batch_select_indices(self, indices):
@@ -539,7 +548,7 @@ def generate(
     temperature=1.0,
     top_p=1.0,
     batch_size=256,
-    drop_share=0.25,
+    drop_share=None,
     on_rows=None,
     block_size=None,
 ):
@@ -550,7 +559,7 @@ def generate(
         its numbers, whichever rows it shares a batch with
     batch_size: completions decoded at once (at least one prompt's, or one block's), a number or a HalvingSize, which
         remembers when fewer fitted into memory
-    drop_share: finished rows leave the batch once they are this share of it
+    drop_share: finished rows leave the batch once they are this share of it; None: a quarter, or half with CUDA graphs
     on_rows: called with the index of the prompt that each row of the batch belongs to, (rows,), whenever that changes;
         so that forward hooks can tell rows apart
     block_size: how many prompts in a row the hooks treat alike. What prompts begin with is computed once a block
@@ -589,6 +598,33 @@ def generate(
 
 
 MIN_SHARED = 8  # a shorter beginning of all prompts is not worth a forward pass of its own
+LENGTH_BUCKET = 128  # by so many slots grows what a captured step reads of the cache
+
+
+def captures(device):
+    """Whether decode steps are to be replayed from CUDA graphs, which spares the launch of each kernel."""
+    return device.type == "cuda"
+
+
+def captured(step):
+    """What replays `step`, which has run before as it is. RuntimeError if it does what no CUDA graph can record."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+@contextlib.contextmanager
+def _sdpa_attention(network):
+    """Attention by SDPA, which takes masks; flash-attention would gather the unpadded cache anew at every step."""
+    original = network.config._attn_implementation
+    if original != "sdpa":
+        network.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if original != "sdpa":
+            network.set_attn_implementation(original)
 
 
 @torch.inference_mode()
@@ -607,25 +643,28 @@ def _decode(
     block_size,
 ):
     """The decode loop behind `generate`, for one batch. Returns the fields of Completions."""
-    device = model.device
+    device, network = model.device, inner_model(model)
     P, B, longest = len(prompts), len(prompts) * num_samples, max(map(len, prompts))
-    stop = torch.tensor(stop_ids, device=device)
-    cache = DynamicCache(config=inner_model(model).config)
+    cache = DynamicCache(config=network.config)
     keeps_all = all(type(layer) is DynamicLayer for layer in cache.layers)  # no sliding window, which counts slots
-    # Layers that keep all positions get a buffer.
-    cache.layers = [PreallocatedLayer(max_new_tokens) if type(x) is DynamicLayer else x for x in cache.layers]
+    cursor = Cursor(torch.full((1,), longest, device=device), longest)
+    if keeps_all:
+        cache.layers = [PreallocatedLayer(max_new_tokens, cursor) for _ in cache.layers]
+    use_graphs = keeps_all and captures(device)
+    if drop_share is None:
+        drop_share = 0.5 if use_graphs else 0.25  # with every drop, a step is to be captured anew
 
     # The slots of a row: what all prompts begin with, padding, the rest of its prompt, its completion.
     shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
     if shared < MIN_SHARED or min(block_size, P) == 1 or not keeps_all:
         shared = 0
     ids = torch.full((P, longest), pad_id)
-    attention_mask = torch.ones(P, longest + max_new_tokens, dtype=torch.long)
+    attention_mask = torch.ones(P, longest + max_new_tokens, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
         padding = longest - len(prompt)
         ids[row, :shared] = torch.tensor(prompt[:shared])
         ids[row, shared + padding :] = torch.tensor(prompt[shared:])
-        attention_mask[row, shared : shared + padding] = 0
+        attention_mask[row, shared : shared + padding] = False
     ids, attention_mask = ids.to(device), attention_mask.to(device)
     positions = (attention_mask[:, :longest].cumsum(-1) - 1).clamp(min=0)
 
@@ -661,24 +700,57 @@ def _decode(
     mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
     log_probs = torch.zeros(B, max_new_tokens, device=device)
     finished = torch.zeros(B, dtype=torch.bool, device=device)  # of all rows; `rows` are those in the batch
-    rows = torch.arange(B, device=device)
-    for t in range(max_new_tokens):
-        token, log_prob = sample(logits, None if uniforms is None else uniforms[rows, t], temperature, top_p)
+    rows, token = torch.arange(B, device=device), torch.empty(B, 1, dtype=torch.long, device=device)
+    column, stop = torch.zeros(1, dtype=torch.long, device=device), torch.tensor(stop_ids, device=device)
+    slots = torch.arange(longest + max_new_tokens, device=device)
+
+    # A step changes tensors in place and knows its place from tensors: a CUDA graph of it can be replayed as the next.
+    def choose(logits):
+        new, log_prob = sample(logits, None if uniforms is None else uniforms[rows, column], temperature, top_p)
         running = ~finished[rows]
-        tokens[rows, t] = torch.where(running, token, pad_id)
-        log_probs[rows, t] = torch.where(running, log_prob, 0.0)
-        mask[rows, t] = running
-        finished[rows] |= torch.isin(token, stop)
-        num_finished = int(finished[rows].sum())  # where the loop waits for the device, once a step
-        if num_finished == len(rows) or t == max_new_tokens - 1:
-            break
-        if num_finished >= drop_share * len(rows):
-            keep = (~finished[rows]).nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            rows, token, position, attention_mask = (x[keep] for x in (rows, token, position, attention_mask))
-            tell_rows(prompt_of_row[rows])
-        position = position + 1
-        logits = forward(token[:, None], attention_mask[:, : longest + t + 1], position)
+        tokens[rows, column] = torch.where(running, new, pad_id)
+        log_probs[rows, column] = torch.where(running, log_prob, 0.0)
+        mask[rows, column] = running
+        finished[rows] = ~running | (new[:, None] == stop).any(1)
+        token.copy_(new[:, None])
+        column.add_(1)
+
+    def step():
+        position.add_(1)
+        visible = attention_mask[:, : cursor.end]
+        if keeps_all:  # as the model would make it, but that the end may lie beyond the slot
+            visible = (visible & (slots[: cursor.end] <= cursor.slot))[:, None, None]
+        choose(forward(token, visible, position))
+        cursor.slot.add_(1)
+
+    choose(logits)
+    steps_alike = 0  # steps taken with the rows and the end as they are
+    with _sdpa_attention(network) if keeps_all else contextlib.nullcontext():
+        for t in range(1, max_new_tokens):
+            num_finished = int(finished[rows].sum())  # where the loop waits for the device, once a step
+            if num_finished == len(rows):
+                break
+            if num_finished >= drop_share * len(rows):
+                keep = (~finished[rows]).nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                rows, token, position, attention_mask = (x[keep] for x in (rows, token, position, attention_mask))
+                tell_rows(prompt_of_row[rows])
+                steps_alike = 0
+            if longest + t > cursor.end:
+                cursor.end = min(longest + t + (LENGTH_BUCKET - 1 if use_graphs else 0), len(slots))
+                steps_alike = 0
+            if steps_alike == 0:  # as it is at first: hooks may have something to prepare, and libraries to load
+                run = step
+            elif steps_alike == 1 and use_graphs:
+                try:
+                    run = captured(step)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    use_graphs = False
+                    say(f"decoding without CUDA graphs: this model's step cannot be recorded: {_one_line(error)}")
+            run()
+            steps_alike += 1
     return tokens, mask, log_probs, ~finished
 
 
@@ -692,16 +764,15 @@ MAX_LOGITS = 2**25  # logits alive at once in the scoring pass: 128 MiB in fp32,
 def completion_log_probs(model, ids, completion_mask, temperature):
     """Log-probs of completion tokens under softmax(logits / temperature), and that distribution's entropy, in nats.
 
-    ids: (B, T) prompt and completion side by side, padded on the right, so that causal attention sees no padding and
-        needs neither mask nor position ids
-    completion_mask: (B, T) bool, True at completion tokens; column t is the token at t, predicted from those before it
+    ids: (B, T) prompt and completion side by side, padded on the right
+    completion_mask: (B, T) bool, True at the tokens of each row's completion; column t is the token at t, predicted
+        from those before it
     Returns two fp32 tensors (B, T), 0 outside the mask; the entropy carries no gradient. Only completion tokens pass
     through lm_head, in chunks that the backward pass computes again: no (B, T, V) tensor exists at any time.
     """
     network = inner_model(model)
-    hidden = network.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
-    hidden, targets = hidden[:, :-1][completion_mask[:, 1:]], ids[:, 1:][completion_mask[:, 1:]]  # (N, D), (N,)
-    head = network.get_output_embeddings()
+    hidden = _states_before(network, ids, completion_mask)  # (N, D)
+    targets, head = ids[completion_mask], network.get_output_embeddings()  # (N,)
 
     def score(hidden, targets):
         logits = head(hidden).float() / temperature  # (n, V)
@@ -719,6 +790,39 @@ def completion_log_probs(model, ids, completion_mask, temperature):
     log_probs, entropy = (torch.cat(parts) for parts in zip(*scored, strict=True))
     empty = torch.zeros(ids.shape, device=ids.device)
     return empty.masked_scatter(completion_mask, log_probs), empty.masked_scatter(completion_mask, entropy)
+
+
+def _states_before(network, ids, completion_mask):
+    """The last hidden state at the position before each completion token, (N, D), row by row.
+
+    A prompt that several rows have is computed once: their completions attend to its keys and values, and gradients
+    flow back through these. Not so with gradient checkpointing, which transformers does without a cache only, and with
+    sliding windows, which count the padding.
+    """
+    cache = DynamicCache(config=network.config)
+    keeps_all = all(type(layer) is DynamicLayer for layer in cache.layers)
+    last = completion_mask.int().argmax(1) - 1  # (B,) the prompt's last position, which predicts the first token
+    length = int(last.max())  # of the longest prompt without it
+    in_prompt = torch.arange(length, device=ids.device) < last[:, None]
+    prompts, prompt_of_row = torch.where(in_prompt, ids[:, :length], -1).unique(dim=0, return_inverse=True)  # (P, L)
+    checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+    if length == 0 or len(prompts) == len(ids) or checkpoints or not keeps_all:
+        # Causal attention sees none of the padding: it needs neither mask nor position ids.
+        hidden = network.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
+        return hidden[:, :-1][completion_mask[:, 1:]]
+    network.base_model(input_ids=prompts.clamp(min=0), past_key_values=cache, use_cache=True)
+    cache.batch_select_indices(prompt_of_row)
+    lengths = completion_mask.sum(1)
+    offsets = torch.arange(int(lengths.max()), device=ids.device)
+    positions = last[:, None] + offsets  # (B, C)
+    hidden = network.base_model(
+        input_ids=ids.gather(1, positions.clamp(max=ids.shape[1] - 1)),
+        attention_mask=torch.cat([in_prompt, torch.ones_like(positions, dtype=torch.bool)], dim=1),
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state  # (B, C, D)
+    return hidden[offsets < lengths[:, None]]
 
 
 @torch.no_grad()

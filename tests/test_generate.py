@@ -1,10 +1,14 @@
 """The decode loop against a slow oracle: one row at a time, float64, no cache, no padding."""
 
+import types
+
 import pytest
 import torch
 from conftest import EOS, PAD, VOCAB, make_model, oracle_generate, oracle_log_probs, random_prompts
 
-from grpo_train import make_micro_batches
+import utils
+from es_train import Population, noise_generators, noise_shapes
+from grpo_train import LoRA, make_micro_batches, make_policy, merged_adapter
 from utils import check_prompt_lengths, completion_log_probs, generate, sample
 
 LENGTHS = [3, 9, 5, 1]
@@ -98,6 +102,126 @@ def test_hooks_are_told_which_prompt_each_row_of_every_forward_pass_belongs_to(b
         alone = complete(prompts[prompt : prompt + 1], uniforms[rows])
         handle.remove()
         assert rows_of(together)[rows] == rows_of(alone)
+
+
+def frozen(function, cursors):
+    """A function that goes on with the variables of its scope as they are now, as a CUDA graph does with tensors."""
+    cells = []
+    for cell in function.__closure__ or ():
+        content = cell.cell_contents
+        if isinstance(content, types.FunctionType) and content.__module__ == "utils":
+            content = frozen(content, cursors)
+        elif isinstance(content, utils.Cursor):
+            cursors.append((content, content.slot, content.end))
+        cells.append(types.CellType(content))
+    code, scope = function.__code__, function.__globals__
+    return types.FunctionType(code, scope, function.__name__, function.__defaults__, tuple(cells))
+
+
+@pytest.fixture
+def twin(monkeypatch):
+    """The loop as it is on a GPU, with functions in place of CUDA graphs. Returns the calls of each, in order."""
+    calls = []
+
+    def captured(step):
+        cursors = []
+        step = frozen(step, cursors)
+        calls.append(0)
+
+        def replay():
+            assert cursors and all(cursor.slot is slot and cursor.end == end for cursor, slot, end in cursors)
+            calls[-1] += 1
+            step()
+
+        return replay
+
+    monkeypatch.setattr(utils, "captures", lambda device: True)
+    monkeypatch.setattr(utils, "captured", captured)
+    monkeypatch.setattr(utils, "LENGTH_BUCKET", 5)
+    return calls
+
+
+def lora_model():
+    torch.manual_seed(3)
+    model = make_policy(make_model(), LoRA(rank=4), False)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["plain", "llama", "lora", "merged"])
+def test_steps_that_are_captured_give_the_same_tokens(uniforms, request, kind):
+    model = lora_model() if kind in ("lora", "merged") else make_model(family="llama" if kind == "llama" else "qwen2")
+    prompts = random_prompts(LENGTHS)
+
+    def rollout():
+        with merged_adapter(model) if kind == "merged" else torch.no_grad():
+            return generate(model, prompts, MAX_NEW, [EOS, 7], PAD, num_samples=G, uniforms=uniforms)
+
+    eager = rollout()
+    calls = request.getfixturevalue("twin")
+    graphs = rollout()
+    assert torch.equal(graphs.tokens, eager.tokens)
+    assert torch.equal(graphs.mask, eager.mask)
+    torch.testing.assert_close(graphs.log_probs, eager.log_probs, atol=1e-5, rtol=0)
+    assert len(calls) >= 3 and sum(calls) > MAX_NEW / 2  # captured anew when rows leave and when the end is reached
+    assert max(calls) == 4  # of five steps with the same end, the first is not captured
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_population_decodes_the_same_tokens_in_captured_steps(request, rank):
+    model, members, (beginning,) = make_model(), 4, random_prompts([10], seed=5)
+    prompts = [beginning + rest for rest in random_prompts(LENGTHS)] * members
+    shapes = noise_shapes(dict(model.named_parameters()), "low_rank", rank)
+
+    def rollout():
+        generators = noise_generators(0, 0, range(members), members, torch.device("cpu"))
+        with Population(model, shapes, generators, torch.full((members,), 0.1), len(LENGTHS)) as on_rows:
+            return generate(model, prompts, MAX_NEW, [EOS, 7], PAD, on_rows=on_rows, block_size=len(LENGTHS))
+
+    eager = rollout()
+    calls = request.getfixturevalue("twin")
+    assert torch.equal(rollout().tokens, eager.tokens)
+    assert sum(calls) > 0
+    assert len(set(map(tuple, eager.tokens.tolist()))) > len(LENGTHS)  # members answer differently
+
+
+def test_a_step_that_cannot_be_captured_is_taken_as_it_is(model, uniforms, request, monkeypatch, capsys):
+    prompts = random_prompts(LENGTHS)
+    eager = generate(model, prompts, MAX_NEW, [EOS], PAD, num_samples=G, uniforms=uniforms)
+    request.getfixturevalue("twin")
+    monkeypatch.setattr(utils, "captured", lambda step: torch.zeros(2).expand(3))  # a RuntimeError
+    out = generate(model, prompts, MAX_NEW, [EOS], PAD, num_samples=G, uniforms=uniforms)
+    assert torch.equal(out.tokens, eager.tokens)
+    assert capsys.readouterr().out.count("decoding without CUDA graphs") == 1
+
+
+def test_no_memory_for_a_graph_makes_the_batch_smaller(model, uniforms, request, monkeypatch, capsys):
+    prompts = random_prompts(LENGTHS)
+    eager = generate(model, prompts, MAX_NEW, [EOS], PAD, num_samples=G, uniforms=uniforms)
+    request.getfixturevalue("twin")
+    captured, calls = utils.captured, []
+
+    def fails_at_first(step):
+        calls.append(step)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("no memory")
+        return captured(step)
+
+    monkeypatch.setattr(utils, "captured", fails_at_first)
+    out = generate(model, prompts, MAX_NEW, [EOS], PAD, num_samples=G, uniforms=uniforms)
+    assert torch.equal(out.tokens, eager.tokens)
+    assert "out of GPU memory with 24 at once: going on with 12" in capsys.readouterr().out
+
+
+def test_decoding_masks_its_own_way_whatever_the_attention_of_the_model(model, uniforms):
+    prompts = random_prompts(LENGTHS)
+    reference = generate(model, prompts, MAX_NEW, [EOS], PAD, num_samples=G, uniforms=uniforms)
+    model.set_attn_implementation("eager")  # would add a mask of True and False to the scores
+    out = generate(model, prompts, MAX_NEW, [EOS], PAD, num_samples=G, uniforms=uniforms)
+    assert torch.equal(out.tokens, reference.tokens)
+    assert model.config._attn_implementation == "eager"
 
 
 def test_greedy_tokens_equal_the_oracle():

@@ -37,6 +37,40 @@ def test_log_probs_and_entropy_equal_the_oracle(model, monkeypatch, temperature,
             assert float(entropy[i, t]) == pytest.approx(float(-(exact[t - 1].exp() * exact[t - 1]).sum()), abs=1e-4)
 
 
+# Rows of three prompts: without its last token, the third is the second but for a token that is the padding's id.
+PROMPTS = [[5, 9, 3, 7, 2], [5, 9, PAD, 4], [5, 9, 3]]
+GROUPS = [
+    [*PROMPTS[p], *rest] for p, rest in zip([0, 1, 2, 0, 1, 2, 0], random_prompts([3, 9, 5, 1, 6, 2, 8]), strict=True)
+]
+GROUP_STARTS = [len(PROMPTS[p]) for p in (0, 1, 2, 0, 1, 2, 0)]
+SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
+
+
+@pytest.mark.parametrize("settings", [{}, {"family": "llama"}, SLIDING], ids=["qwen2", "llama", "sliding"])
+def test_rows_with_the_same_prompt_have_the_log_probs_that_each_has_alone(settings):
+    model = make_model(**settings)
+    ids, mask = right_padded(GROUPS, GROUP_STARTS)
+    log_probs, entropy = (x.detach() for x in completion_log_probs(model, ids, mask, 0.7))
+    assert not log_probs[~mask].any() and not entropy[~mask].any()
+    for i, (row, start) in enumerate(zip(GROUPS, GROUP_STARTS, strict=True)):
+        exact = oracle_log_probs(model, row, 0.7)[start - 1 : len(row) - 1]
+        expected = exact.gather(1, torch.tensor(row[start:])[:, None])[:, 0]
+        torch.testing.assert_close(log_probs[i, start : len(row)].double(), expected, atol=1e-5, rtol=0)
+        expected = -(exact.exp() * exact).sum(1)
+        torch.testing.assert_close(entropy[i, start : len(row)].double(), expected, atol=1e-5, rtol=0)
+
+
+def test_a_prompt_is_computed_once_for_all_its_rows(model):
+    positions = []
+    model.model.layers[0].register_forward_hook(lambda _, __, output: positions.append(output.shape[:2]))
+    ids, mask = right_padded(GROUPS, GROUP_STARTS)
+    completion_log_probs(model, ids, mask, 1.0)
+    assert positions == [(3, 4), (7, 9)]  # prompts without their last token; it predicts the first of a completion
+    positions.clear()
+    completion_log_probs(model, ids[:3], mask[:3], 1.0)
+    assert positions == [(3, 13)]  # nothing to share
+
+
 def test_temperature_is_log_softmax_of_logits_over_t(model):
     ids, mask = right_padded(ROWS[:1], STARTS[:1])
     log_probs, _ = completion_log_probs(model, ids, mask, 0.7)
@@ -65,9 +99,10 @@ def test_bf16_model_gives_fp32_log_probs_close_to_the_oracle():
             assert float(log_probs[i, t]) == pytest.approx(float(exact[t - 1, row[t]]), abs=0.005)
 
 
-def test_gradients_equal_those_of_plain_log_softmax(monkeypatch):
+@pytest.mark.parametrize("rows, starts", [(ROWS, STARTS), (GROUPS, GROUP_STARTS)], ids=["alone", "shared prompts"])
+def test_gradients_equal_those_of_plain_log_softmax(monkeypatch, rows, starts):
     monkeypatch.setattr(utils, "MAX_LOGITS", 5 * 64)
-    ids, mask = right_padded(ROWS, STARTS)
+    ids, mask = right_padded(rows, starts)
     weights = torch.randn(ids.shape, generator=torch.Generator().manual_seed(0))
     gradients = []
     for chunked in (True, False):
