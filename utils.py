@@ -519,21 +519,20 @@ def sample(logits, uniforms, temperature, top_p):
     logits: (B, V), any float dtype; uniforms: (B,) in [0, 1)
     Returns tokens (B,) and their fp32 log-probs (B,) under the temperature, before any top-p truncation.
     """
-    log_probs = (logits.float() / temperature).log_softmax(-1)
+    probs = kept = (logits.float() / temperature).softmax(-1)
     if uniforms is None:
-        tokens = log_probs.argmax(-1, keepdim=True)
+        tokens = logits.argmax(-1, keepdim=True)
     else:
-        probs = log_probs.exp()
         if top_p < 1:  # keep the likeliest tokens up to and including the one that reaches top_p
             sorted_probs, order = probs.sort(-1, descending=True)
             dropped = sorted_probs.cumsum(-1) - sorted_probs >= top_p
-            probs = probs.masked_fill(dropped.gather(-1, order.argsort(-1)), 0)
-        cdf = probs.cumsum(-1)
+            kept = probs.masked_fill(dropped.gather(-1, order.argsort(-1)), 0)
+        cdf = kept.cumsum(-1)
         # right=True: the first token whose cdf exceeds the draw, so never one of probability 0. Scaling by the last
         # entry makes up for the sum's rounding.
         draws = uniforms[:, None] * cdf[:, -1:]
         tokens = torch.searchsorted(cdf, draws, right=True).clamp(max=logits.shape[1] - 1)
-    return tokens[:, 0], log_probs.gather(-1, tokens)[:, 0]
+    return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
 
 
 @torch.no_grad()
@@ -758,6 +757,7 @@ def _decode(
 # Log-probs of completions
 # ----------------------------------------------------------------------------------------------------------------------
 
+MIN_SPARED = 0.1  # prompts are computed apart if that spares this share of positions; it takes attention with a mask
 MAX_LOGITS = 2**25  # logits alive at once in the scoring pass: 128 MiB in fp32, 220 tokens at a vocabulary of 152k
 
 
@@ -795,26 +795,28 @@ def completion_log_probs(model, ids, completion_mask, temperature):
 def _states_before(network, ids, completion_mask):
     """The last hidden state at the position before each completion token, (N, D), row by row.
 
-    A prompt that several rows have is computed once: their completions attend to its keys and values, and gradients
-    flow back through these. Not so with gradient checkpointing, which transformers does without a cache only, and with
-    sliding windows, which count the padding.
+    A prompt that several rows have is computed once where that spares enough positions: their completions attend to its
+    keys and values, and gradients flow back through these. Not with gradient checkpointing, which transformers does
+    only without a cache, and not with sliding windows, which count padding.
     """
     cache = DynamicCache(config=network.config)
     keeps_all = all(type(layer) is DynamicLayer for layer in cache.layers)
-    last = completion_mask.int().argmax(1) - 1  # (B,) the prompt's last position, which predicts the first token
-    length = int(last.max())  # of the longest prompt without it
-    in_prompt = torch.arange(length, device=ids.device) < last[:, None]
-    prompts, prompt_of_row = torch.where(in_prompt, ids[:, :length], -1).unique(dim=0, return_inverse=True)  # (P, L)
     checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
-    if length == 0 or len(prompts) == len(ids) or checkpoints or not keeps_all:
-        # Causal attention sees none of the padding: it needs neither mask nor position ids.
+    last, lengths = completion_mask.int().argmax(1) - 1, completion_mask.sum(1)  # (B,)
+    offsets = torch.arange(int(lengths.max()), device=ids.device)
+    positions = last[:, None] + offsets  # (B, C) from a prompt's last position, which predicts a completion's first
+    L = int(last.max())  # length of the longest prompt without its last token
+    in_prompt = torch.arange(L, device=ids.device) < last[:, None]
+    prompts, prompt_of_row = torch.where(in_prompt, ids[:, :L], -1).unique(dim=0, return_inverse=True)  # (P, L)
+    spared = 1 - (prompts.numel() + positions.numel()) / ids.numel()
+
+    if spared < MIN_SPARED or L == 0 or checkpoints or not keeps_all:
+        # Causal attention sees none of the padding on the right: it needs neither mask nor position ids.
         hidden = network.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
         return hidden[:, :-1][completion_mask[:, 1:]]
+
     network.base_model(input_ids=prompts.clamp(min=0), past_key_values=cache, use_cache=True)
     cache.batch_select_indices(prompt_of_row)
-    lengths = completion_mask.sum(1)
-    offsets = torch.arange(int(lengths.max()), device=ids.device)
-    positions = last[:, None] + offsets  # (B, C)
     hidden = network.base_model(
         input_ids=ids.gather(1, positions.clamp(max=ids.shape[1] - 1)),
         attention_mask=torch.cat([in_prompt, torch.ones_like(positions, dtype=torch.bool)], dim=1),

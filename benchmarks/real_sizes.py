@@ -11,9 +11,9 @@ GSM8K's published file: each word or sign is one token of the vocabulary, which 
 Rollout: graphs is utils.generate as it is on a GPU, eager the same without CUDA graphs, generate is model.generate of
 transformers. The floor of a decode step is what has to be read, weights and keys and values, over the measured rate of
 copying. Update: completion tokens a second, and model FLOPs (4 a weight and token: one forward pass, one backward pass
-to what is trained, attention besides) over the measured rate of bf16 matrix products. ES: one iteration without scoring,
-low_rank in one batch, against a population whose members answer one after the other by model.generate, of which two
-are timed.
+to what is trained, attention besides) over the measured rate of bf16 matrix products. ES: one iteration without
+scoring, low_rank in one batch, against a population whose members answer one after the other by model.generate, of
+which two are timed.
 """
 
 import argparse
