@@ -287,22 +287,28 @@ def make_policy(model, lora, gradient_checkpointing):
 
 @contextlib.contextmanager
 def merged_adapter(model):
-    """The model with its adapter added to the weights: the same policy with a third of the operations, for sampling.
+    """The model with its adapter added to a copy of the weights: the same policy by far fewer operations, to sample.
 
-    In fp32 only. In bf16 the sum would be rounded, and the policy that is sampled another one than is trained.
+    On CPUs, where each operation costs, and in fp32. In bf16 the sum would be rounded, and another policy be sampled
+    than is trained.
     """
-    if not isinstance(model, PeftModel) or any(p.dtype != torch.float32 for p in model.parameters()):
+    fp32 = all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    if not isinstance(model, PeftModel) or model.device.type != "cpu" or not fp32:
         yield
         return
-    weights = [layer.weight for name, layer in model.named_modules() if name.endswith(".base_layer")]
-    originals = [weight.detach().clone() for weight in weights]
-    model.merge_adapter(["default"])
+    layers = [layer for name, layer in model.named_modules() if name.endswith(".base_layer")]
+    originals = [dict(layer.named_parameters(recurse=False)) for layer in layers]
     try:
+        for layer, parameters in zip(layers, originals, strict=True):
+            for name, parameter in parameters.items():
+                setattr(layer, name, torch.nn.Parameter(parameter.detach().clone(), requires_grad=False))
+        model.merge_adapter(["default"])
         yield
     finally:
         model.unmerge_adapter()
-        for weight, original in zip(weights, originals, strict=True):
-            weight.data.copy_(original)  # adding and subtracting has left rounding errors
+        for layer, parameters in zip(layers, originals, strict=True):
+            for name, parameter in parameters.items():
+                setattr(layer, name, parameter)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import fcntl
+import functools
 import hashlib
 import html
 import io
@@ -487,11 +488,13 @@ class PreallocatedLayer(DynamicLayer):
         self.max_new_tokens, self.cursor = max_new_tokens, cursor
 
     def batch_repeat_interleave(self, repeats):
-        B, H, T, D = self.keys.shape
-        self.buffers = [x.new_empty(B * repeats, H, T + self.max_new_tokens, D) for x in (self.keys, self.values)]
-        for buffer, x in zip(self.buffers, (self.keys, self.values), strict=True):
+        self.buffers = []
+        for x in (self.keys, self.values):
+            B, H, T, D = x.shape
+            # Zeros, since slots may be read, masked, before they are written: anything else might be NaN.
+            buffer = x.new_zeros(B * repeats, H, T + self.max_new_tokens, D)
             buffer[:, :, :T].unflatten(0, (B, repeats)).copy_(x[:, None])
-            buffer[:, :, T:] = 0  # read before it is written, masked; what happens to be there may be NaN
+            self.buffers.append(buffer)
         self.keys, self.values = (buffer[:, :, :T] for buffer in self.buffers)
 
     def update(self, key_states, value_states, *args, **kwargs):
@@ -532,7 +535,8 @@ def sample(logits, uniforms, temperature, top_p):
         # entry makes up for the sum's rounding.
         draws = uniforms[:, None] * cdf[:, -1:]
         tokens = torch.searchsorted(cdf, draws, right=True).clamp(max=logits.shape[1] - 1)
-    return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
+    smallest = torch.finfo(probs.dtype).tiny  # rounding of the sum can draw, ever so rarely, what has no probability
+    return tokens[:, 0], probs.gather(-1, tokens)[:, 0].clamp(min=smallest).log()
 
 
 @torch.no_grad()
@@ -606,11 +610,29 @@ def captures(device):
 
 
 def captured(step):
-    """What replays `step`, which has run before as it is. RuntimeError if it does what no CUDA graph can record."""
+    """What replays `step`, recorded as a CUDA graph. It must have been taken once before, and `can_be_captured`."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
     return graph.replay
+
+
+def can_be_captured(step):
+    """Take the step as it is, and tell whether it did so without making the host wait for the GPU, as a graph must.
+
+    It is not left to a capture that fails: after one, torch's allocator is of no use any more.
+    """
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [_one_line(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    if waits:
+        say_once(f"decoding without CUDA graphs, as this model waits for the GPU in every step: {waits[0]}")
+    return not waits
 
 
 @contextlib.contextmanager
@@ -723,6 +745,7 @@ def _decode(
         cursor.slot.add_(1)
 
     choose(logits)
+    del logits  # as large as B * V
     steps_alike = 0  # steps taken with the rows and the end as they are
     with _sdpa_attention(network) if keeps_all else contextlib.nullcontext():
         for t in range(1, max_new_tokens):
@@ -738,17 +761,14 @@ def _decode(
             if longest + t > cursor.end:
                 cursor.end = min(longest + t + (LENGTH_BUCKET - 1 if use_graphs else 0), len(slots))
                 steps_alike = 0
-            if steps_alike == 0:  # as it is at first: hooks may have something to prepare, and libraries to load
-                run = step
-            elif steps_alike == 1 and use_graphs:
-                try:
-                    run = captured(step)
-                except torch.OutOfMemoryError:
-                    raise
-                except RuntimeError as error:
-                    use_graphs = False
-                    say(f"decoding without CUDA graphs: this model's step cannot be recorded: {_one_line(error)}")
-            run()
+            if use_graphs and steps_alike == 0:  # first as it is: hooks prepare things, and libraries are loaded
+                use_graphs = can_be_captured(step)
+            elif use_graphs:
+                if steps_alike == 1:
+                    replay = captured(step)
+                replay()
+            else:
+                step()
             steps_alike += 1
     return tokens, mask, log_probs, ~finished
 
@@ -795,26 +815,29 @@ def completion_log_probs(model, ids, completion_mask, temperature):
 def _states_before(network, ids, completion_mask):
     """The last hidden state at the position before each completion token, (N, D), row by row.
 
-    A prompt that several rows have is computed once where that spares enough positions: their completions attend to its
-    keys and values, and gradients flow back through these. Not with gradient checkpointing, which transformers does
-    only without a cache, and not with sliding windows, which count padding.
+    What prompts are, but for their last token, is computed once for all rows that have it, where that spares enough
+    positions: completions attend to its keys and values, and gradients flow back through these. Not with gradient
+    checkpointing, which transformers does only without a cache, and not with sliding windows, which count padding.
     """
-    cache = DynamicCache(config=network.config)
-    keeps_all = all(type(layer) is DynamicLayer for layer in cache.layers)
-    checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
-    last, lengths = completion_mask.int().argmax(1) - 1, completion_mask.sum(1)  # (B,)
-    offsets = torch.arange(int(lengths.max()), device=ids.device)
-    positions = last[:, None] + offsets  # (B, C) from a prompt's last position, which predicts a completion's first
-    L = int(last.max())  # length of the longest prompt without its last token
-    in_prompt = torch.arange(L, device=ids.device) < last[:, None]
-    prompts, prompt_of_row = torch.where(in_prompt, ids[:, :L], -1).unique(dim=0, return_inverse=True)  # (P, L)
-    spared = 1 - (prompts.numel() + positions.numel()) / ids.numel()
 
-    if spared < MIN_SPARED or L == 0 or checkpoints or not keeps_all:
+    def states_of_whole_rows():
         # Causal attention sees none of the padding on the right: it needs neither mask nor position ids.
         hidden = network.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
         return hidden[:, :-1][completion_mask[:, 1:]]
 
+    cache = DynamicCache(config=network.config)
+    keeps_all = all(type(layer) is DynamicLayer for layer in cache.layers)
+    checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+    last, lengths = completion_mask.int().argmax(1) - 1, completion_mask.sum(1)  # (B,)
+    L = int(last.max())  # length of the longest prompt without its last token
+    if L == 0 or checkpoints or not keeps_all:
+        return states_of_whole_rows()
+    offsets = torch.arange(int(lengths.max()), device=ids.device)
+    positions = last[:, None] + offsets  # (B, C) from a prompt's last position, which predicts a completion's first
+    in_prompt = torch.arange(L, device=ids.device) < last[:, None]
+    prompts, prompt_of_row = torch.where(in_prompt, ids[:, :L], -1).unique(dim=0, return_inverse=True)  # (P, L)
+    if 1 - (prompts.numel() + positions.numel()) / ids.numel() < MIN_SPARED:
+        return states_of_whole_rows()
     network.base_model(input_ids=prompts.clamp(min=0), past_key_values=cache, use_cache=True)
     cache.batch_select_indices(prompt_of_row)
     hidden = network.base_model(
@@ -961,6 +984,11 @@ def say(text):
     """Print above the progress bar, if there is where to: standard output may be a file on the disk that is full."""
     with contextlib.suppress(OSError):
         tqdm.write(text)
+
+
+@functools.cache
+def say_once(text):
+    say(text)
 
 
 class AppendedFile:

@@ -52,8 +52,9 @@ def grpo(tokenizer, prompts, group_size, new_tokens, machine):
     """{part: (function, work)} of a GRPO step over `prompts`. machine: FLOP/s, bytes/s"""
     torch.manual_seed(0)
     config = GRPOConfig()
-    policy = make_policy(load_model(str(ROOT / "tiny_model"), "float32", "cpu"), config.lora, False)
-    geometry, B, pad = Geometry(policy.get_base_model()), len(prompts) * group_size, tokenizer.pad_token_id
+    model = load_model(str(ROOT / "tiny_model"), "float32", "cpu")
+    geometry, B, pad = Geometry(model), len(prompts) * group_size, tokenizer.pad_token_id
+    policy = make_policy(model, config.lora, False)
     uniforms = torch.rand(B, new_tokens)
 
     def rollout():
@@ -74,7 +75,7 @@ def grpo(tokenizer, prompts, group_size, new_tokens, machine):
     pairs = sum(new_tokens * (len(row) + new_tokens / 2) for row in rows)
     products = geometry.flops(in_prompts + B * new_tokens, in_pairs + pairs, B * new_tokens) / machine[0]
     reading = geometry.decode_bytes(list(map(len, rows)), [new_tokens] * B) / machine[1]
-    return {"rollout": (rollout, products + reading), "update": (update, 3 * products)}
+    return {"rollout": (rollout, products + reading), "update": (update, 2 * products)}
 
 
 def es(tokenizer, prompts, members, machine):

@@ -11,6 +11,9 @@ in a process of their own, alternating, on the same prompts in the same order, w
 evaluated or saved meanwhile. TRL gets gradient checkpointing and bf16 switched off, as here, and the number of
 completions per backward pass with which it was fastest (--trl-micro-batch), of which the gradients are accumulated.
 
+One difference is meant: completions of a group with equal rewards have no gradient, and are left out of the backward
+pass here. The more is solved, the more that saves; how many groups there were is printed. TRL computes on all of them.
+
 A step's seconds run from its beginning to that of the next one, logging included; the first is left out. Rollout is
 `model.generate` with what surrounds it in TRL, and the rollout phase here. Memory is the resident size of the process.
 Both final adapters are evaluated alike, greedily on 512 held-out problems.
@@ -60,7 +63,7 @@ def train_with_trl(folder, steps, seed, micro_batch):
     description.loader.exec_module(rewards)
     problems = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(str(ROOT / "tiny_model"))
-    assert tokenizer(problems[0]["prompt"]).input_ids == problems[0]["ids"], "other prompts than here"
+    assert all(tokenizer(p["prompt"]).input_ids == p["ids"] for p in problems), "other prompts than here"
     starts, memory, rollout = [], [], []
 
     class Starts(TrainerCallback):
@@ -148,9 +151,18 @@ def train_here(folder, steps, seed):
     )
     main(config, at_the_start_of_each_step)
     events = EventAccumulator(str(folder / "run"), size_guidance={"scalars": 0}).Reload()
-    rollout, rewards = ([event.value for event in events.Scalars(tag)] for tag in ("time/rollout", "reward/mean"))
+    rollout, rewards, equal = (
+        [event.value for event in events.Scalars(tag)] for tag in ("time/rollout", "reward/mean", "reward/equal_groups")
+    )
     (folder / "run" / "model").rename(folder / "model")
-    return {"starts": starts, "rollout": rollout, "rewards": rewards, "before": memory[0], "peak": peak_mib()}
+    return {
+        "starts": starts,
+        "rollout": rollout,
+        "rewards": rewards,
+        "equal": equal,
+        "before": memory[0],
+        "peak": peak_mib(),
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -247,7 +259,9 @@ def main():
         rest = [step - rollout for step, rollout in zip(steps, rollouts, strict=True)]
         seconds[way] = statistics.median(steps)
         print(f"| {way} | {' | '.join(spread(values, '{:.2f}') for values in (steps, rollouts, rest))} |")
-    print(f"\nsteps per second: {seconds['TRL'] / seconds['here']:.1f} times TRL's\n")
+    equal = statistics.mean(share for run in results["here"] for share in run["equal"])
+    print(f"\nsteps per second: {seconds['TRL'] / seconds['here']:.1f} times TRL's")
+    print(f"groups with equal rewards: {equal:.0%}\n")
     print(f"| after {arguments.steps} steps | strict accuracy | reward, last 5 steps | peak memory | training adds |")
     print("|---|---|---|---|---|")
     for way, runs in results.items():

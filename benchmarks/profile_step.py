@@ -136,7 +136,7 @@ def main():
     P, G, T = config.prompts_per_step, config.group_size, config.max_new_tokens
     torch.manual_seed(0)
     model = load_model(config.model, "float32", "cpu")
-    geometry = Geometry(model)
+    once, geometry = Geometry(model), Geometry(model)  # sampled from merged, without an adapter apart
     policy = make_policy(model, config.lora, False)
     geometry.adapter = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     stop = stop_ids(model, tokenizer)
@@ -153,7 +153,6 @@ def main():
     in_prompts = sum(map(len, prompts[:P]))
     pairs = sum(n * (p + n / 2) for p, n in zip(widths, tokens, strict=True))
     in_pairs = sum(len(p) ** 2 / 2 for p in prompts[:P])
-    once = Geometry(model)  # merged: no adapter apart
     needed = once.flops(in_prompts + sum(tokens) - P * G, in_pairs + pairs, sum(tokens))
     report("GRPO rollout", rollout, needed, once.decode_bytes(widths, tokens), machine, rows)
 
@@ -177,7 +176,7 @@ def main():
         optimizer.zero_grad()
 
     forward = geometry.flops(in_prompts + sum(tokens), in_pairs + pairs, sum(tokens))
-    # Backward: what goes to the inputs, as often as forward; weights' gradients for the adapter alone.
+    # Backward: the gradients of all inputs, as much as forward; those of weights for the adapter alone.
     needed = 2 * forward + 2 * geometry.adapter * (in_prompts + sum(tokens))
     report("GRPO update", update, needed, 0.0, machine, rows)
 

@@ -10,8 +10,9 @@ GSM8K's published file: each word or sign is one token of the vocabulary, which 
 
 Rollout: graphs is utils.generate as it is on a GPU, eager the same without CUDA graphs, generate is model.generate of
 transformers. The floor of a decode step is what has to be read, weights and keys and values, over the measured rate of
-copying. Update: completion tokens a second, and model FLOPs (4 a weight and token: one forward pass, one backward pass
-to what is trained, attention besides) over the measured rate of bf16 matrix products. ES: one iteration without
+copying; a step's time is what more tokens than one take, over their number. Update: completion tokens a second, and
+model FLOPs over the measured rate of bf16 matrix products: 4 a weight and token (one forward pass, one backward pass to
+what is trained) and attention, each prompt counted once and lm_head for completions only. ES: one iteration without
 scoring, low_rank in one batch, against a population whose members answer one after the other by model.generate, of
 which two are timed.
 """
@@ -83,7 +84,12 @@ def synchronize():
 
 
 def peak_gib(device):
-    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
+    """Most memory allocated since the last call."""
+    if device.type != "cuda":
+        return float("nan")
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return peak
 
 
 def median(values):
@@ -110,47 +116,54 @@ def rollouts(model, prompts, samples, new_tokens, rounds, rate):
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    settings = GenerationConfig(
-        do_sample=True, top_k=0, top_p=1.0, num_return_sequences=samples, max_new_tokens=new_tokens, pad_token_id=0
-    )
+    settings = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, num_return_sequences=samples, pad_token_id=0)
     policy = make_policy(model, LoRA(rank=32, alpha=64), False)
 
-    def ours(graphs, tokens=new_tokens, policy=policy):
+    def ours(graphs, tokens):
         with mock.patch.object(utils, "captures", lambda device: graphs and device.type == "cuda"):
             with torch.autocast(device.type, torch.bfloat16):
                 numbers = uniforms[:, :tokens]
                 return generate(policy, prompts, tokens, [], 0, num_samples=samples, uniforms=numbers, batch_size=B)
 
-    def theirs():
+    def theirs(tokens):
         with torch.autocast(device.type, torch.bfloat16):
-            return policy.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            return policy.generate(
+                input_ids=ids, attention_mask=mask, generation_config=settings, max_new_tokens=tokens
+            )
 
-    ways = {"graphs": lambda: ours(True), "eager": lambda: ours(False), "generate": theirs}
-    seconds, results = {way: [] for way in ways}, {}
+    ways = {
+        "graphs": lambda tokens: ours(True, tokens),
+        "eager": lambda tokens: ours(False, tokens),
+        "generate": theirs,
+    }
+    seconds, first, results, peaks = {way: [] for way in ways}, {way: [] for way in ways}, {}, {}
     for number in range(-1, rounds):
         for way, function in ways.items():
-            duration, results[way] = timed(function)
+            peak_gib(device)
+            duration, results[way] = timed(lambda function=function: function(new_tokens))
+            peaks[way] = peak_gib(device)
             if number >= 0:
                 seconds[way].append(duration)
-    prefill = timed(lambda: ours(True, 1))[0]
+                first[way].append(timed(lambda function=function: function(1))[0])
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     config = model.config
     slot = (
         2 * config.num_hidden_layers * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
     )
-    cache = B * (longest + new_tokens / 2) * slot * 2  # bytes read at the middle step
+    mean = sum(map(len, prompts)) / len(prompts)
+    cache = B * (mean + new_tokens / 2) * slot * 2  # bytes read at the middle step
     floor = (weights + cache) / rate
-    print(f"\n| rollout, {B} rows x {new_tokens} tokens | seconds | tokens/s | ms a step | step / floor |")
-    print("|---|---|---|---|---|")
+    print(f"\n| rollout, {B} rows x {new_tokens} tokens | seconds | tokens/s | ms a step | step / floor | peak GiB |")
+    print("|---|---|---|---|---|---|")
     for way, values in seconds.items():
         middle = statistics.median(values)
-        step = (middle - prefill) / max(1, new_tokens - 1)
-        cells = [median(values), f"{B * new_tokens / middle:,.0f}", f"{step * 1e3:.2f}", f"{step / floor:.1f}"]
+        step = (middle - statistics.median(first[way])) / (new_tokens - 1)
+        rate_of_tokens = f"{B * new_tokens / middle:,.0f}"
+        cells = [median(values), rate_of_tokens, f"{step * 1e3:.2f}", f"{step / floor:.1f}", f"{peaks[way]:.1f}"]
         print(f"| {way} | {' | '.join(cells)} |")
     same = (results["graphs"].tokens == results["eager"].tokens).float().mean()
     print(f"\nfloor of a decode step: {floor * 1e3:.2f} ms; graphs and eager have {same:.1%} of tokens in common")
-    print(f"distinct tokens: {results['graphs'].tokens.unique().numel():,} of {vocabulary:,}; prefill {prefill:.2f} s")
-    print(f"peak memory {peak_gib(device):.1f} GiB")
+    print(f"distinct tokens: {results['graphs'].tokens.unique().numel():,} of {vocabulary:,}")
     return policy, results["graphs"]
 
 
@@ -161,10 +174,13 @@ def updates(policy, prompts, completions, samples, budget, rounds, rate):
     weights = row_weights(lengths.float(), "token", completions.tokens.shape[1])
     advantages = torch.randn(len(lengths), device=device, generator=torch.Generator(device).manual_seed(0))
     rows = [prompt for prompt in prompts for _ in range(samples)]
-    positions = sum(len(row) for row in rows) + int(lengths.sum())
-    config, N = model.config, sum(p.numel() for p in model.parameters())
-    attention = 4 * config.hidden_size * config.num_hidden_layers * (positions / len(rows)) / 2  # causal, a token
-    flops = positions * (4 * N + 3 * attention)
+    positions, C = sum(map(len, prompts)) + int(lengths.sum()), completions.tokens.shape[1]
+    config, mean = model.config, sum(map(len, prompts)) / len(prompts)
+    head = config.vocab_size * config.hidden_size
+    layers = sum(p.numel() for p in model.base_model.parameters() if not p.requires_grad) - head
+    attended = len(rows) * C * (mean + C / 2) + len(prompts) * mean**2 / 2  # pairs of positions
+    attention = 4 * config.hidden_size * config.num_hidden_layers * attended
+    flops = 4 * layers * positions + 4 * head * int(lengths.sum()) + 3 * attention
     print(f"\n| update of {positions:,} positions | seconds | completion tokens/s | of the GEMM rate | peak GiB |")
     print("|---|---|---|---|---|")
     for checkpointing in (False, True):
@@ -181,8 +197,7 @@ def updates(policy, prompts, completions, samples, budget, rounds, rate):
             policy.zero_grad()
 
         step()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        peak_gib(device)
         seconds = [timed(step)[0] for _ in range(rounds)]
         middle = statistics.median(seconds)
         cells = [median(seconds), f"{int(lengths.sum()) / middle:,.0f}", f"{flops / middle / rate:.0%}"]
@@ -224,14 +239,15 @@ def iterations(model, prompts, members, new_tokens, rounds):
             if sign == 1:
                 model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
 
-    low_rank(), one_member()
-    together = [timed(low_rank)[0] for _ in range(rounds)]
+    low_rank(), one_member(), peak_gib(device)
+    together, peaks = [timed(low_rank)[0] for _ in range(rounds)], [peak_gib(device)]
     alone = [timed(one_member)[0] * members for _ in range(2)]
-    print(f"\n| ES iteration, {members} members x {len(prompts)} prompts x {new_tokens} tokens | seconds |\n|---|---|")
-    print(f"| low_rank, one batch | {median(together)} |\n| member after member, model.generate | {median(alone)} |")
-    print(
-        f"\n{statistics.median(alone) / statistics.median(together):.1f} times as fast; peak {peak_gib(device):.1f} GiB"
-    )
+    peaks.append(peak_gib(device))
+    print(f"\n| ES iteration, {members} members x {len(prompts)} prompts x {new_tokens} tokens | seconds | peak GiB |")
+    print("|---|---|---|")
+    print(f"| low_rank, one batch | {median(together)} | {peaks[0]:.1f} |")
+    print(f"| member after member, model.generate | {median(alone)} | {peaks[1]:.1f} |")
+    print(f"\nlow_rank is {statistics.median(alone) / statistics.median(together):.1f} times as fast")
 
 
 def main():

@@ -1,6 +1,7 @@
 """The decode loop against a slow oracle: one row at a time, float64, no cache, no padding."""
 
 import types
+import warnings
 
 import pytest
 import torch
@@ -120,7 +121,10 @@ def frozen(function, cursors):
 
 @pytest.fixture
 def twin(monkeypatch):
-    """The loop as it is on a GPU, with functions in place of CUDA graphs. Returns the calls of each, in order."""
+    """The loop as it is on a GPU, with functions in place of CUDA graphs. Returns the calls of each, in order.
+
+    Memory that nobody has written holds NaN.
+    """
     calls = []
 
     def captured(step):
@@ -137,8 +141,11 @@ def twin(monkeypatch):
 
     monkeypatch.setattr(utils, "captures", lambda device: True)
     monkeypatch.setattr(utils, "captured", captured)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
     monkeypatch.setattr(utils, "LENGTH_BUCKET", 5)
-    return calls
+    torch.use_deterministic_algorithms(True)
+    yield calls
+    torch.use_deterministic_algorithms(False)
 
 
 def lora_model():
@@ -187,13 +194,27 @@ def test_a_population_decodes_the_same_tokens_in_captured_steps(request, rank):
     assert len(set(map(tuple, eager.tokens.tolist()))) > len(LENGTHS)  # members answer differently
 
 
-def test_a_step_that_cannot_be_captured_is_taken_as_it_is(model, uniforms, request, monkeypatch, capsys):
+def test_steps_of_a_model_with_sliding_windows_are_not_captured(uniforms, request):
+    model = make_model(use_sliding_window=True, sliding_window=6, max_window_layers=0)
+    eager = generate(model, random_prompts(LENGTHS), MAX_NEW, [EOS, 7], PAD, num_samples=G, uniforms=uniforms)
+    calls = request.getfixturevalue("twin")
+    out = generate(model, random_prompts(LENGTHS), MAX_NEW, [EOS, 7], PAD, num_samples=G, uniforms=uniforms)
+    assert torch.equal(out.tokens, eager.tokens)
+    assert not calls
+
+
+def test_steps_that_wait_for_the_gpu_are_taken_as_they_are(model, uniforms, request, monkeypatch, capsys):
     prompts = random_prompts(LENGTHS)
     eager = generate(model, prompts, MAX_NEW, [EOS], PAD, num_samples=G, uniforms=uniforms)
-    request.getfixturevalue("twin")
-    monkeypatch.setattr(utils, "captured", lambda step: torch.zeros(2).expand(3))  # a RuntimeError
+    calls, modes = request.getfixturevalue("twin"), []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    handle = model.register_forward_hook(
+        lambda *_: warnings.warn("called a synchronizing CUDA operation", stacklevel=1) if modes == ["warn"] else None
+    )
     out = generate(model, prompts, MAX_NEW, [EOS], PAD, num_samples=G, uniforms=uniforms)
+    handle.remove()
     assert torch.equal(out.tokens, eager.tokens)
+    assert not calls and modes == ["warn", "default"]
     assert capsys.readouterr().out.count("decoding without CUDA graphs") == 1
 
 

@@ -243,25 +243,30 @@ def test_gradient_checkpointing_changes_no_gradient_and_leaves_generation_alone(
 # Policy and reference
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["v_proj", "lm_head"]], ids=["inner", "tied head"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sampling_with_the_adapter_merged_is_the_same_policy_and_leaves_no_trace(dtype):
+def test_sampling_with_the_adapter_merged_is_the_same_policy_and_leaves_no_trace(dtype, targets):
     torch.manual_seed(0)
-    model = make_policy(make_model(dtype=dtype), LoRA(rank=4), False)
+    model = make_policy(make_model(dtype=dtype), LoRA(rank=4, target_modules=targets), False)
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    base = {name for name in before if "base_layer.weight" in name}
+    before = {name: (parameter, parameter.clone()) for name, parameter in model.named_parameters()}
     ids = torch.tensor(random_prompts([12]))
     logits = model(ids).logits
+    embedding = model.get_input_embeddings()(ids)
     with pytest.raises(KeyboardInterrupt), merged_adapter(model):
         inside = dict(model.named_parameters())
-        changed = {name for name in before if not torch.equal(inside[name], before[name])}
-        assert changed == (base if dtype == torch.float32 else set())  # merging would round in bf16
+        changed = {name for name in inside if name not in before or not torch.equal(inside[name], before[name][1])}
+        expected = {name for name, _ in model.named_parameters() if name.endswith(".base_layer.weight")}
+        assert changed == (expected if dtype == torch.float32 else set())  # merging would round in bf16
+        assert torch.equal(model.get_input_embeddings()(ids), embedding)
         torch.testing.assert_close(model(ids).logits, logits, atol=1e-4, rtol=0)
         raise KeyboardInterrupt
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name])
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    for name, parameter in after.items():
+        assert parameter is before[name][0] and torch.equal(parameter, before[name][1])
     assert torch.equal(model(ids).logits, logits)
 
 

@@ -40,9 +40,9 @@ def test_log_probs_and_entropy_equal_the_oracle(model, monkeypatch, temperature,
 # Rows of three prompts: without its last token, the third is the second but for a token that is the padding's id.
 PROMPTS = [[5, 9, 3, 7, 2], [5, 9, PAD, 4], [5, 9, 3]]
 GROUPS = [
-    [*PROMPTS[p], *rest] for p, rest in zip([0, 1, 2, 0, 1, 2, 0], random_prompts([3, 9, 5, 1, 6, 2, 8]), strict=True)
+    [*PROMPTS[p], *rest] for p, rest in zip([0, 1, 2, 0, 1, 2, 1], random_prompts([3, 9, 5, 1, 6, 2, 8]), strict=True)
 ]
-GROUP_STARTS = [len(PROMPTS[p]) for p in (0, 1, 2, 0, 1, 2, 0)]
+GROUP_STARTS = [len(PROMPTS[p]) for p in (0, 1, 2, 0, 1, 2, 1)]
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
 
 
@@ -69,6 +69,13 @@ def test_a_prompt_is_computed_once_for_all_its_rows(model):
     positions.clear()
     completion_log_probs(model, ids[:3], mask[:3], 1.0)
     assert positions == [(3, 13)]  # nothing to share
+
+
+def test_prompts_of_one_token(model):
+    ids, mask = right_padded([[5, 7, 8], [6, 9, 3]], [1, 1])
+    log_probs, _ = completion_log_probs(model, ids, mask, 1.0)
+    expected = model(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(log_probs[:, 1:], expected, atol=1e-5, rtol=0)
 
 
 def test_temperature_is_log_softmax_of_logits_over_t(model):
