@@ -116,7 +116,7 @@ def rollouts(model, prompts, samples, new_tokens, rounds, rate):
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    settings = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, num_return_sequences=samples, pad_token_id=0)
+    settings = {"do_sample": True, "top_k": 0, "top_p": 1.0, "num_return_sequences": samples, "pad_token_id": 0}
     policy = make_policy(model, LoRA(rank=32, alpha=64), False)
 
     def ours(graphs, tokens):
