@@ -4,12 +4,14 @@
 
 The embedded model and the scripts' defaults but for what a panel varies. Completions do not end by themselves, so that
 all have the length that is asked for (48 tokens where nothing else is said). Every part of a step is timed several
-times. Its work is what it would take at the machine's measured rates: floating-point operations without padding and, in
-a rollout, bytes of weights, keys and values read. What matters is time over work, in the table relative to the smallest
-setting: it falls while small operations fill up, and where it rose, time would grow faster than work.
+times. Its work is what it would take at the machine's measured rates: floating-point operations without padding, in a
+rollout the bytes of weights, keys and values read, in ES's update the normal numbers drawn. What matters is time over
+work, in the table relative to the smallest setting: it falls while small operations fill up, and where it rose, time
+would grow faster than work.
 """
 
 import contextlib
+import math
 import platform
 import statistics
 import time
@@ -49,7 +51,7 @@ def timed(parts):
 
 
 def grpo(tokenizer, prompts, group_size, new_tokens, machine):
-    """{part: (function, work)} of a GRPO step over `prompts`. machine: FLOP/s, bytes/s"""
+    """{part: (function, work)} of a GRPO step over `prompts`. machine: see hardware"""
     torch.manual_seed(0)
     config = GRPOConfig()
     model = load_model(str(ROOT / "tiny_model"), "float32", "cpu")
@@ -79,7 +81,7 @@ def grpo(tokenizer, prompts, group_size, new_tokens, machine):
 
 
 def es(tokenizer, prompts, members, machine):
-    """{part: (function, work)} of an ES iteration over `prompts`. machine: FLOP/s, bytes/s"""
+    """{part: (function, work)} of an ES iteration over `prompts`. machine: see hardware"""
     config, device = ESConfig(), torch.device("cpu")
     model = load_model(str(ROOT / "tiny_model"), "float32", "cpu").requires_grad_(False)
     parameters = dict(model.named_parameters())
@@ -102,12 +104,12 @@ def es(tokenizer, prompts, members, machine):
 
     B, positions = P * members, members * (sum(map(len, prompts)) + P * TOKENS)
     pairs = members * sum(len(p) ** 2 / 2 + TOKENS * (len(p) + TOKENS / 2) for p in prompts)
-    weights = sum(p.numel() for p in master.values())
+    weights, drawn = sum(p.numel() for p in master.values()), members * sum(map(math.prod, shapes.values()))
     batches, lengths = -(-members // config.population_batch), list(map(len, prompts)) * members
     reading = geometry.decode_bytes(lengths, [TOKENS] * B) + (batches - 1) * TOKENS * 4 * weights
     return {
         "rollout": (rollout, geometry.flops(positions, pairs, B * TOKENS) / machine[0] + reading / machine[1]),
-        "update": (update, 2 * weights * members / machine[0] + 4 * 3 * weights / machine[1]),
+        "update": (update, 2 * weights * members / machine[0] + 4 * 3 * weights / machine[1] + drawn / machine[2]),
     }
 
 

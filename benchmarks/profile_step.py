@@ -3,13 +3,15 @@
     python benchmarks/profile_step.py
 
 The default configs on the embedded model, with the parts of a step as the scripts call them, all rows in the update.
-Seconds are medians without the profiler. The floor of a part is the larger of two: its floating-point operations, those
-of a matrix product or attention that padding is not part of, over the measured rate of a large fp32 matrix product; and
-the bytes of weights, keys and values that its passes read over the measured rate of copying. Shares are those of
-torch.profiler's operations by their own time; "around" is what is left of the profiled time: Python, and the calls.
+Seconds are medians without the profiler. The floor of a part is the largest of three: its floating-point operations,
+those of matrix products and attention without padding, over the measured rate of a large fp32 matrix product; the bytes
+of weights, keys and values that its passes read over the measured rate of copying; and the normal numbers that it draws
+over the measured rate of drawing them. Shares are those of torch.profiler's operations by their own time; "around" is
+what is left of the profiled time: Python and the calls, which the profiler makes slower.
 """
 
 import contextlib
+import math
 import platform
 import statistics
 import sys
@@ -73,8 +75,9 @@ def shares(function):
 
 
 def hardware():
-    """FLOP/s of fp32 matrix products, and bytes/s of copying, read and written both counted, as measured."""
+    """FLOP/s of fp32 matrix products, bytes/s of copying, read and written both counted, normal numbers/s: measured."""
     a, b, x, y = *(torch.randn(2048, 2048) for _ in range(2)), *(torch.randn(2**26) for _ in range(2))
+    generator = torch.Generator()
 
     def best(function):
         seconds = []
@@ -84,7 +87,9 @@ def hardware():
             seconds.append(time.perf_counter() - start)
         return min(seconds)
 
-    return 2 * 2048**3 / best(lambda: a @ b), 2 * x.numel() * 4 / best(lambda: y.copy_(x))
+    products, copying = best(lambda: a @ b), best(lambda: y.copy_(x))
+    drawing = best(lambda: torch.randn(2**20, generator=generator))
+    return 2 * 2048**3 / products, 2 * x.numel() * 4 / copying, 2**20 / drawing
 
 
 class Geometry:
@@ -110,18 +115,22 @@ class Geometry:
         return max(lengths) * (self.weights + self.head) * 4 + cache
 
 
-def report(name, function, flops, bytes_read, machine, rows):
+def report(name, function, machine, rows, flops=0, bytes_read=0, drawn=0):
     seconds = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
         function()
         seconds.append(time.perf_counter() - start)
-    middle, floor = statistics.median(seconds), max(flops / machine[0], bytes_read / machine[1])
-    parts = " | ".join(f"{share:.0%}" for share in shares(function).values())
-    rows.append(
-        f"| {name} | {middle:.3f} ({min(seconds):.3f} to {max(seconds):.3f}) | {flops / 1e9:.1f} | "
-        f"{bytes_read / 1e9:.2f} | {floor:.3f} | {middle / floor:.1f} | {parts} |"
-    )
+    middle, needs = statistics.median(seconds), (flops, bytes_read, drawn)
+    floor = max(need / rate for need, rate in zip(needs, machine, strict=True))
+    floors = f"{floor:.3f} | {middle / floor:.1f}" if floor else "| "
+    cells = [
+        f"{middle:.3f} ({min(seconds):.3f} to {max(seconds):.3f})",
+        f"{flops / 1e9:.1f}",
+        f"{bytes_read / 1e9:.2f}",
+    ]
+    parts = [f"{share:.0%}" for share in shares(function).values()]
+    rows.append(f"| {name} | {' | '.join([*cells, floors, *parts])} |")
 
 
 def main():
@@ -154,14 +163,12 @@ def main():
     pairs = sum(n * (p + n / 2) for p, n in zip(widths, tokens, strict=True))
     in_pairs = sum(len(p) ** 2 / 2 for p in prompts[:P])
     needed = once.flops(in_prompts + sum(tokens) - P * G, in_pairs + pairs, sum(tokens))
-    report("GRPO rollout", rollout, needed, once.decode_bytes(widths, tokens), machine, rows)
+    report("GRPO rollout", rollout, machine, rows, needed, once.decode_bytes(widths, tokens))
 
     row_items = [item for item in items[:P] for _ in range(G)]
     report(
         "GRPO reward",
         lambda: score_completions(config.rewards, completions, tokenizer, row_items),
-        0.0,
-        completions.tokens.numel() * 8,
         machine,
         rows,
     )
@@ -178,7 +185,7 @@ def main():
     forward = geometry.flops(in_prompts + sum(tokens), in_pairs + pairs, sum(tokens))
     # Backward: the gradients of all inputs, as much as forward; those of weights for the adapter alone.
     needed = 2 * forward + 2 * geometry.adapter * (in_prompts + sum(tokens))
-    report("GRPO update", update, needed, 0.0, machine, rows)
+    report("GRPO update", update, machine, rows, needed)
 
     # ES
     config = ESConfig(model=str(ROOT / "tiny_model"))
@@ -203,22 +210,21 @@ def main():
     widths = list(map(len, lists))
     pairs = sum(n * (p + n / 2) + p**2 / 2 for p, n in zip(widths, tokens, strict=True))
     needed = once.flops(sum(widths) + sum(tokens) - N * P, pairs, sum(tokens))
-    report("ES generation", population, needed, once.decode_bytes(widths, tokens), machine, rows)
+    report("ES generation", population, machine, rows, needed, once.decode_bytes(widths, tokens))
     row_items = items[:P] * N
     report(
         "ES reward",
         lambda: score_completions(config.rewards, completions, tokenizer, row_items),
-        0.0,
-        completions.tokens.numel() * 8,
         machine,
         rows,
     )
     size = sum(p.numel() for p in master.values())
-    report("ES update", es_update, 2.0 * N * size, 4.0 * 3 * size, machine, rows)
+    drawn = N * sum(math.prod(shape) for shape in shapes.values())
+    report("ES update", es_update, machine, rows, 2 * N * size, 4 * 3 * size, drawn)
 
     print(f"{torch.get_num_threads()} threads of {platform.machine()}, torch {torch.__version__}, ", end="")
     print(f"transformers {transformers.__version__}: fp32 products {machine[0] / 1e9:.0f} GFLOP/s, ", end="")
-    print(f"copying {machine[1] / 1e9:.0f} GB/s\n")
+    print(f"copying {machine[1] / 1e9:.0f} GB/s, drawing {machine[2] / 1e6:.0f} million normal numbers/s\n")
     kinds = " | ".join([*KINDS, "other operations", "around"])
     print(f"| part | seconds, median (range) of {ROUNDS} | GFLOP | GB | floor, s | x floor | {kinds} |")
     print(f"|---|---|---|---|---|---|{'---|' * (len(KINDS) + 2)}")
