@@ -270,12 +270,14 @@ def main():
         cells = [spread(accuracies, "{:.1%}"), spread(rewards, "{:.3f}")]
         print(f"| {way} | {' | '.join([*cells, spread(peaks, '{:.0f} MiB'), spread(added, '{:.0f} MiB')])} |")
     marks = [step for step in (5, 10, 15, 20, 25, 30, 40, 50, 60) if step < arguments.steps]
-    print(f"\n| mean reward of 5 steps, seed 0 | {' | '.join(f'up to step {step}' for step in marks)} |")
+    print(f"\n| mean reward of 5 steps, all seeds | {' | '.join(f'up to step {step}' for step in marks)} |")
     print(f"|---|{'---|' * len(marks)}")
-    for way, (first, *_) in results.items():
-        seconds = [first["starts"][step] - first["starts"][0] for step in marks]
-        rewards = [statistics.mean(first["rewards"][step - 5 : step]) for step in marks]
-        cells = [f"{reward:.3f} ({second:.0f} s)" for reward, second in zip(rewards, seconds, strict=True)]
+    for way, runs in results.items():
+        cells = []
+        for step in marks:
+            reward = statistics.mean(reward for run in runs for reward in run["rewards"][step - 5 : step])
+            second = statistics.mean(run["starts"][step] - run["starts"][0] for run in runs)
+            cells.append(f"{reward:.3f} ({second:.0f} s)")
         print(f"| {way} | {' | '.join(cells)} |")
 
 
