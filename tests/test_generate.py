@@ -207,6 +207,7 @@ def test_steps_that_wait_for_the_gpu_are_taken_as_they_are(model, uniforms, requ
     prompts = random_prompts(LENGTHS)
     eager = generate(model, prompts, MAX_NEW, [EOS], PAD, num_samples=G, uniforms=uniforms)
     calls, modes = request.getfixturevalue("twin"), []
+    utils.say_once.cache_clear()
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     handle = model.register_forward_hook(
         lambda *_: warnings.warn("called a synchronizing CUDA operation", stacklevel=1) if modes == ["warn"] else None

@@ -126,6 +126,7 @@ def test_a_model_that_waits_for_the_gpu_is_decoded_without_graphs(count_graphs, 
     model = make_model(max_position_embeddings=1024).cuda()
     expected = sample(model)
     count_graphs.clear()
+    utils.say_once.cache_clear()
     handle = model.model.layers[0].register_forward_hook(lambda *inputs: print(end="" if inputs[2].sum() > 0 else ""))
     for _ in range(2):  # the second time, nothing of the first may be in the way
         assert torch.equal(sample(model).tokens, expected.tokens)
