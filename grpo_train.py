@@ -296,6 +296,9 @@ def merged_adapter(model):
     if not isinstance(model, PeftModel) or model.device.type != "cpu" or not fp32:
         yield
         return
+    if model.peft_config["default"].lora_bias:  # made elsewhere; PEFT cannot always merge it
+        yield
+        return
     layers = [layer for name, layer in model.named_modules() if name.endswith(".base_layer")]
     originals = [dict(layer.named_parameters(recurse=False)) for layer in layers]
     try:
@@ -305,10 +308,12 @@ def merged_adapter(model):
         model.merge_adapter(["default"])
         yield
     finally:
-        model.unmerge_adapter()
-        for layer, parameters in zip(layers, originals, strict=True):
-            for name, parameter in parameters.items():
-                setattr(layer, name, parameter)
+        try:
+            model.unmerge_adapter()
+        finally:
+            for layer, parameters in zip(layers, originals, strict=True):
+                for name, parameter in parameters.items():
+                    setattr(layer, name, parameter)
 
 
 @contextlib.contextmanager

@@ -606,14 +606,19 @@ LENGTH_BUCKET = 128  # by so many slots grows what a captured step reads of the 
 
 def captures(device):
     """Whether decode steps are to be replayed from CUDA graphs, which spares the launch of each kernel."""
-    return device.type == "cuda"
+    return device.type == "cuda" and os.environ.get("CUDA_GRAPHS") != "0"
 
 
 def captured(step):
     """What replays `step`, recorded as a CUDA graph. It must have been taken once before, and `can_be_captured`."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        step()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            step()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ValueError("model: its decode step cannot be recorded as a CUDA graph; run with CUDA_GRAPHS=0") from error
     return graph.replay
 
 
@@ -622,14 +627,14 @@ def can_be_captured(step):
 
     It is not left to a capture that fails: after one, torch's allocator is of no use any more.
     """
-    torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
         try:
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [_one_line(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    waits = [_one_line(warning.message) for warning in caught if "called a synchronizing" in str(warning.message)]
     if waits:
         say_once(f"decoding without CUDA graphs, as this model waits for the GPU in every step: {waits[0]}")
     return not waits
@@ -762,6 +767,7 @@ def _decode(
                 cursor.end = min(longest + t + (LENGTH_BUCKET - 1 if use_graphs else 0), len(slots))
                 steps_alike = 0
             if use_graphs and steps_alike == 0:  # first as it is: hooks prepare things, and libraries are loaded
+                replay = None  # and with it the memory of the graph before
                 use_graphs = can_be_captured(step)
             elif use_graphs:
                 if steps_alike == 1:

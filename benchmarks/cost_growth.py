@@ -77,7 +77,8 @@ def grpo(tokenizer, prompts, group_size, new_tokens, machine):
     pairs = sum(new_tokens * (len(row) + new_tokens / 2) for row in rows)
     products = geometry.flops(in_prompts + B * new_tokens, in_pairs + pairs, B * new_tokens) / machine[0]
     reading = geometry.decode_bytes(list(map(len, rows)), [new_tokens] * B) / machine[1]
-    return {"rollout": (rollout, products + reading), "update": (update, 2 * products)}
+    attention = geometry.flops(0, in_pairs + pairs, 0) / machine[0]
+    return {"rollout": (rollout, products + reading), "update": (update, 2 * products + attention)}
 
 
 def es(tokenizer, prompts, members, machine):

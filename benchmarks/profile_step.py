@@ -183,8 +183,10 @@ def main():
         optimizer.zero_grad()
 
     forward = geometry.flops(in_prompts + sum(tokens), in_pairs + pairs, sum(tokens))
-    # Backward: the gradients of all inputs, as much as forward; those of weights for the adapter alone.
-    needed = 2 * forward + 2 * geometry.adapter * (in_prompts + sum(tokens))
+    # Backward: the gradients of all inputs, as much as forward, and of attention's second operands, all of which depend
+    # on what is trained, as much again; those of weights for the adapter alone.
+    attention = geometry.flops(0, in_pairs + pairs, 0)
+    needed = 2 * forward + attention + 2 * geometry.adapter * (in_prompts + sum(tokens))
     report("GRPO update", update, machine, rows, needed)
 
     # ES

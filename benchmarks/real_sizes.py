@@ -127,9 +127,8 @@ def rollouts(model, prompts, samples, new_tokens, rounds, rate):
 
     def theirs(tokens):
         with torch.autocast(device.type, torch.bfloat16):
-            return policy.generate(
-                input_ids=ids, attention_mask=mask, generation_config=settings, max_new_tokens=tokens
-            )
+            config = GenerationConfig(**settings, max_new_tokens=tokens)
+            return policy.generate(input_ids=ids, attention_mask=mask, generation_config=config)
 
     ways = {
         "graphs": lambda tokens: ours(True, tokens),

@@ -1,5 +1,6 @@
 """The decode loop against a slow oracle: one row at a time, float64, no cache, no padding."""
 
+import contextlib
 import types
 import warnings
 
@@ -217,6 +218,29 @@ def test_steps_that_wait_for_the_gpu_are_taken_as_they_are(model, uniforms, requ
     assert torch.equal(out.tokens, eager.tokens)
     assert not calls and modes == ["warn", "default"]
     assert capsys.readouterr().out.count("decoding without CUDA graphs") == 1
+
+
+def test_a_capture_that_fails_ends_with_what_to_do(model, monkeypatch):
+    class Graph:
+        pass
+
+    @contextlib.contextmanager
+    def graph(*args, **kwargs):
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with pytest.raises(ValueError, match="decode step cannot be recorded as a CUDA graph; run with CUDA_GRAPHS=0"):
+        utils.captured(lambda: torch.zeros(2).expand(3))
+    with pytest.raises(torch.OutOfMemoryError):
+        utils.captured(lambda: raise_out_of_memory())
+    assert utils.captures(torch.device("cuda")) and not utils.captures(torch.device("cpu"))
+    monkeypatch.setenv("CUDA_GRAPHS", "0")
+    assert not utils.captures(torch.device("cuda"))
+
+
+def raise_out_of_memory():
+    raise torch.OutOfMemoryError("no memory")
 
 
 def test_no_memory_for_a_graph_makes_the_batch_smaller(model, uniforms, request, monkeypatch, capsys):

@@ -41,17 +41,24 @@ def test_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path,
         process.start()
         return process
 
+    first = context.Process(target=int)  # with it the server starts, and imports
+    first.start()
+    first.join()
     started = time.monotonic()
     process = start("undisturbed")
+    while not checkpoint_folders(tmp_path / "undisturbed"):
+        assert process.is_alive()
+        time.sleep(0.01)
+    start_up = time.monotonic() - started
     process.join(180)
     assert process.exitcode == 0
-    seconds = time.monotonic() - started
+    training = time.monotonic() - started - start_up
 
     done = []
     for _ in range(KILLS):
         process = start("killed")
-        # From before anything is written to some steps further on, so that the kills spread over the run.
-        process.join(rng.uniform(0.0, 4.0 / KILLS * seconds))
+        # Before anything is written, or some steps further on, so that the kills spread over the run.
+        process.join(rng.choice([rng.uniform(0.0, start_up), start_up + rng.uniform(0.0, 0.15 * training)]))
         process.kill()
         process.join()
         assert process.exitcode in (-signal.SIGKILL, 0)  # an error would be 1: every run started, or was killed before
