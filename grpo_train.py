@@ -289,14 +289,12 @@ def make_policy(model, lora, gradient_checkpointing):
 def merged_adapter(model):
     """The model with its adapter added to a copy of the weights: the same policy by far fewer operations, to sample.
 
-    On CPUs, where each operation costs, and in fp32. In bf16 the sum would be rounded, and another policy be sampled
-    than is trained.
+    On CPUs, where each operation costs, and in fp32: in bf16 the sum would be rounded, and another policy be sampled
+    than is trained. Not an adapter with biases, made elsewhere, which PEFT cannot always merge.
     """
     fp32 = all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    if not isinstance(model, PeftModel) or model.device.type != "cpu" or not fp32:
-        yield
-        return
-    if model.peft_config["default"].lora_bias:  # made elsewhere; PEFT cannot always merge it
+    has_adapter = isinstance(model, PeftModel) and not model.peft_config["default"].lora_bias
+    if not has_adapter or model.device.type != "cpu" or not fp32:
         yield
         return
     layers = [layer for name, layer in model.named_modules() if name.endswith(".base_layer")]

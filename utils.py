@@ -471,6 +471,13 @@ class HalvingSize:
         torch.cuda.empty_cache()
 
 
+def new_cache(network):
+    """An empty cache of keys and values, and whether it keeps all positions: a sliding window does not, and counts
+    padding besides."""
+    cache = DynamicCache(config=network.config)
+    return cache, all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
 @dataclasses.dataclass
 class Cursor:
     """Where a decode step writes into the cache, and how much of it is read."""
@@ -671,8 +678,7 @@ def _decode(
     """The decode loop behind `generate`, for one batch. Returns the fields of Completions."""
     device, network = model.device, inner_model(model)
     P, B, longest = len(prompts), len(prompts) * num_samples, max(map(len, prompts))
-    cache = DynamicCache(config=network.config)
-    keeps_all = all(type(layer) is DynamicLayer for layer in cache.layers)  # no sliding window, which counts slots
+    cache, keeps_all = new_cache(network)
     cursor = Cursor(torch.full((1,), longest, device=device), longest)
     if keeps_all:
         cache.layers = [PreallocatedLayer(max_new_tokens, cursor) for _ in cache.layers]
@@ -831,8 +837,7 @@ def _states_before(network, ids, completion_mask):
         hidden = network.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
         return hidden[:, :-1][completion_mask[:, 1:]]
 
-    cache = DynamicCache(config=network.config)
-    keeps_all = all(type(layer) is DynamicLayer for layer in cache.layers)
+    cache, keeps_all = new_cache(network)
     checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
     last, lengths = completion_mask.int().argmax(1) - 1, completion_mask.sum(1)  # (B,)
     L = int(last.max())  # length of the longest prompt without its last token
