@@ -49,6 +49,7 @@ from utils import (
     HalvingSize,
     Logger,
     PhaseTimer,
+    ProgressBar,
     check,
     check_processes_agree,
     check_prompt_lengths,
@@ -69,6 +70,7 @@ from utils import (
     newest_checkpoint,
     non_finite,
     open_run_folder,
+    print_banner,
     print_summary,
     resume_command,
     run_folder,
@@ -511,14 +513,17 @@ def main(config, stop_requested=lambda: False):
     write_weights(model, master)
     if is_main:
         write_file(folder / "config.yml", config_text(config).encode())  # with which --config resumes the run
-    logger = Logger(folder if is_main else None, config, first_step=len(states))
-    num_total = sum(p.numel() for p in parameters.values())
-    accelerator.print(
-        f"{config.model}: {num_total:,} parameters, all of them trained, on {world} x {device.type}, "
-        f"{config.dtype}, {model.config._attn_implementation} attention\n"
-        f"{config.dataset}: {len(train_set):,} problems, evaluated on {len(test_items):,} held-out ones\n"
-        f"{config.num_iterations} iterations of {N} members x {P} prompts, up to {config.max_new_tokens} tokens each, "
-        f"{config.perturbation} noise -> {folder}"
+    after = (num_done + 1, states[-1]["generated_tokens"] + 1) if states else (0, 0)
+    logger = Logger(folder if is_main else None, config, *after)
+    print_banner(
+        config,
+        model,
+        accelerator,
+        sum(parameter.numel() for parameter in parameters.values()),
+        train_set,
+        test_items,
+        step=f"{N} members x {P} prompts = {N * P:,} completions, up to {N * P * config.max_new_tokens:,} tokens",
+        run=f"{config.num_iterations:,} iterations, {config.perturbation} noise -> {folder}",
     )
     if states:
         accelerator.print(f"going on after iteration {num_done}")
@@ -530,16 +535,17 @@ def main(config, stop_requested=lambda: False):
         stop_ids=stop_ids(model, tokenizer),
         pad_id=tokenizer.pad_token_id,
     )
-    progress = tqdm(total=config.num_iterations, initial=num_done, disable=None if is_main else True)
+    progress = ProgressBar(config.num_iterations, num_done, is_main)
     log = say if is_main else lambda text: None
     batch_size = HalvingSize("population_batch", config.population_batch * P)
 
-    def evaluate_model(step):
-        progress.set_description("evaluate")
+    def evaluate_model(state):
+        progress.set_description_str("evaluate")
         result = evaluate(model, tokenizer, test_items, test_prompts, config.max_new_tokens, batch_size, accelerator)
-        logger.evaluation(result, step)
-        log(f"iteration {step:4d}  held-out: strict {result['strict']:.1%}, lenient {result['lenient']:.1%}")
-        return {"strict": result["strict"], "lenient": result["lenient"]}
+        logger.evaluation(result, state["iteration"], state["generated_tokens"], state["seconds"])
+        iteration, strict, lenient = state["iteration"], result["strict"], result["lenient"]
+        log(f"iteration {iteration:4d}  held-out: strict {strict:.1%}, lenient {lenient:.1%}")
+        return {"strict": strict, "lenient": lenient}
 
     def commit(state):
         """What was done is done: from here on a killed run goes on after this state."""
@@ -550,7 +556,7 @@ def main(config, stop_requested=lambda: False):
 
     def save():
         """A checkpoint of the weights as they are now; returns what is wrong if it cannot be saved."""
-        progress.set_description("save")
+        progress.set_description_str("save")
         state = {"iteration": len(states) - 1, "weights": states[-1]["weights"]}
 
         def write(path):
@@ -563,7 +569,7 @@ def main(config, stop_requested=lambda: False):
     unsaved = None
     if not states:
         state = {"iteration": 0, "seconds": 0.0, "generated_tokens": 0, "skipped_steps": 0, "skipped_in_a_row": 0}
-        commit({**state, "evaluation": evaluate_model(0)})
+        commit({**state, "evaluation": evaluate_model(state)})
 
     for iteration in range(num_done, config.num_iterations):
         if any(gather_object([stop_requested()])):
@@ -658,16 +664,12 @@ def main(config, stop_requested=lambda: False):
         if device.type == "cuda":
             metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         logger.scalars(metrics, iteration + 1)
-        progress.set_postfix_str(
-            f"reward {metrics['reward/mean']:.3f}, accuracy {metrics['accuracy/strict']:.1%}, "
-            f"{metrics['throughput/tokens_per_second']:.0f} tokens/s"
-        )
-        progress.update()
+        progress.step_done(iteration + 1, metrics)
         if skipped:
             log(f"iteration {iteration + 1} skipped: {skipped}")
             check_skipped(iteration + 1, state["skipped_in_a_row"], config.max_skipped_steps, skipped, folder)
         if (iteration + 1) % config.eval_every == 0 or iteration + 1 == config.num_iterations:
-            state["evaluation"] = evaluate_model(iteration + 1)
+            state["evaluation"] = evaluate_model(state)
         commit(state)
         if (iteration + 1) % config.checkpoint_every == 0 or iteration + 1 == config.num_iterations:
             unsaved = save()
@@ -677,22 +679,22 @@ def main(config, stop_requested=lambda: False):
         progress.close()
         accelerator.print(f"stopped after iteration {len(states) - 1}; to go on:\n    {resume_command(folder)}")
     else:
-        before, after = states[0]["evaluation"], states[-1].get("evaluation") or evaluate_model(config.num_iterations)
+        before, after = states[0]["evaluation"], states[-1].get("evaluation") or evaluate_model(states[-1])
         progress.close()
     if is_main and len(states) - 1 == config.num_iterations:
-        accuracy = {"eval/strict_accuracy": after["strict"], "eval/lenient_accuracy": after["lenient"]}
-        logger.hparams(accuracy)
+        logger.finished()
         print_summary(before, after, len(test_items), states[-1]["seconds"], time.perf_counter() - start)
         with whole_folder(folder / "model") as path:
             write_model(model, tokenizer, path)
         print(f"TensorBoard: tensorboard --logdir={config.log_dir}\nThe result is {folder / 'model'}; to load it:")
         print(f'    AutoModelForCausalLM.from_pretrained("{folder / "model"}")')
+    is_behind = False
     if is_main:
         journal.file.append(b"", sync=True)  # what waits for room on the disk, once more
-        logger.file.append(b"")
+        is_behind = logger.is_behind() or journal.file.waiting
         lock.close()
     accelerator.end_training()
-    if unsaved or (is_main and (journal.file.waiting or logger.file.waiting)):
+    if unsaved or is_behind:
         raise OSError(unsaved or f"{folder}: journal.jsonl or the TensorBoard log lacks its last lines")
 
 

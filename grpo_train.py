@@ -38,13 +38,13 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from utils import (
     HalvingSize,
     Logger,
     PhaseTimer,
+    ProgressBar,
     check,
     check_chunked_head,
     check_processes_agree,
@@ -69,6 +69,7 @@ from utils import (
     newest_checkpoint,
     non_finite,
     open_run_folder,
+    print_banner,
     print_summary,
     resume_command,
     run_folder,
@@ -593,41 +594,41 @@ def main(config, stop_requested=lambda: False):
     if is_main:
         write_file(folder / "config.yml", config_text(config).encode())  # with which --config resumes the run
 
-    logger = Logger(folder if is_main else None, config, first_step=state["step"] + 1 if state else 0)
-    num_trained, num_total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
-    accelerator.print(
-        f"{config.model}: {num_total:,} parameters, {num_trained:,} of them trained, on {world} x {device.type}, "
-        f"{config.dtype}, {inner_model(model).config._attn_implementation} attention\n"
-        f"{config.dataset}: {len(train_set):,} problems, evaluated on {len(test_items):,} held-out ones\n"
-        f"{config.num_steps} steps of {P} prompts x {G} completions of up to {config.max_new_tokens} tokens -> {folder}"
+    after = (state["step"] + 1, state["generated_tokens"] + 1) if state else (0, 0)
+    logger = Logger(folder if is_main else None, config, *after)
+    print_banner(
+        config,
+        model,
+        accelerator,
+        sum(parameter.numel() for parameter in parameters),
+        train_set,
+        test_items,
+        step=f"{P} prompts x {G} = {P * G:,} completions, up to {P * G * config.max_new_tokens:,} tokens",
+        run=f"{config.num_steps:,} steps -> {folder}",
     )
     if state:
         accelerator.print(f"going on after step {state['step']}")
     if config.top_p < 1:
         accelerator.print(f"top_p: {config.top_p} truncates what is sampled, not what is scored: ratios are biased")
 
-    progress = tqdm(
-        total=config.num_steps,
-        initial=state["step"] if state else 0,
-        disable=None if is_main else True,
-        dynamic_ncols=True,
-    )
+    progress = ProgressBar(config.num_steps, state["step"] if state else 0, is_main)
     log = say if is_main else lambda text: None
     generation_batch = HalvingSize("generation_batch_size", config.generation_batch_size)
     update_batch = HalvingSize("micro_batch_tokens", config.micro_batch_tokens)
 
-    def evaluate_policy(step):
-        progress.set_description("evaluate")
+    def evaluate_policy(state):
+        progress.set_description_str("evaluate")
         max_new_tokens = config.max_new_tokens
         with merged_adapter(model):
             result = evaluate(model, tokenizer, test_items, test_prompts, max_new_tokens, generation_batch, accelerator)
-        logger.evaluation(result, step)
-        log(f"step {step:4d}  held-out: strict {result['strict']:.1%}, lenient {result['lenient']:.1%}")
-        return {"strict": result["strict"], "lenient": result["lenient"]}
+        logger.evaluation(result, state["step"], state["generated_tokens"], state["seconds"])
+        step, strict, lenient = state["step"], result["strict"], result["lenient"]
+        log(f"step {step:4d}  held-out: strict {strict:.1%}, lenient {lenient:.1%}")
+        return {"strict": strict, "lenient": lenient}
 
     def save(state):
         """A checkpoint of the run as it is now; returns what is wrong if it cannot be saved."""
-        progress.set_description("save")
+        progress.set_description_str("save")
         if not is_main:
             return None
         state = {**state, "run": identity, "weights": fingerprint(named_parameters)}
@@ -643,7 +644,7 @@ def main(config, stop_requested=lambda: False):
     unsaved = None
     if not state:
         state = {"step": 0, "seconds": 0.0, "generated_tokens": 0, "skipped_steps": 0, "skipped_in_a_row": 0}
-        state["before"] = evaluate_policy(0)
+        state["before"] = evaluate_policy(state)
         unsaved = save(state)
 
     for step in range(state["step"], config.num_steps):
@@ -762,17 +763,13 @@ def main(config, stop_requested=lambda: False):
         if device.type == "cuda":
             metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         logger.scalars(metrics, step + 1)
-        progress.set_postfix_str(
-            f"reward {metrics['reward/mean']:.3f}, accuracy {metrics['accuracy/strict']:.1%}, "
-            f"{metrics['throughput/tokens_per_second']:.0f} tokens/s"
-        )
-        progress.update()
+        progress.step_done(step + 1, metrics)
 
         if skipped:
             log(f"step {step + 1} skipped: {skipped}")
             check_skipped(step + 1, state["skipped_in_a_row"], config.max_skipped_steps, skipped, folder)
         if (step + 1) % config.eval_every == 0 or step + 1 == config.num_steps:
-            state["after"] = evaluate_policy(step + 1)
+            state["after"] = evaluate_policy(state)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.num_steps:
             unsaved = save(state)
 
@@ -782,11 +779,10 @@ def main(config, stop_requested=lambda: False):
         missing = ", which could not be saved" if unsaved else ""
         accelerator.print(f"stopped after step {state['step']}{missing}; to go on:\n    {resume_command(folder)}")
     else:
-        before, after = state["before"], state["after"] or evaluate_policy(config.num_steps)
+        before, after = state["before"], state["after"] or evaluate_policy(state)
         progress.close()
     if is_main and state["step"] == config.num_steps:
-        accuracy = {"eval/strict_accuracy": after["strict"], "eval/lenient_accuracy": after["lenient"]}
-        logger.hparams(accuracy)
+        logger.finished()
         print_summary(before, after, len(test_items), state["seconds"], time.perf_counter() - start)
         with whole_folder(folder / "model") as path:
             write_model(model, tokenizer, path)
@@ -797,12 +793,13 @@ def main(config, stop_requested=lambda: False):
             base_name = model.peft_config["default"].base_model_name_or_path
             print(f'    base = AutoModelForCausalLM.from_pretrained("{base_name}")')
             print(f'    PeftModel.from_pretrained(base, "{folder / "model"}")')
+    is_behind = False
     if is_main:
-        logger.file.append(b"")  # what waits for room on the disk, once more
+        is_behind = logger.is_behind()
         lock.close()
     accelerator.end_training()
-    if unsaved or (is_main and logger.file.waiting):
-        raise OSError(unsaved or f"{logger.file.file.name} lacks its last records")
+    if unsaved or is_behind:
+        raise OSError(unsaved or f"{folder}: the TensorBoard log lacks its last records")
 
 
 if __name__ == "__main__":

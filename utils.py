@@ -974,7 +974,10 @@ def evaluate(model, tokenizer, items, prompts, max_new_tokens, batch_size, accel
 
 
 def print_summary(before, after, num_items, training_seconds, total_seconds):
-    """Accuracy by `evaluate` before and after training, and what it took."""
+    """Accuracy by `evaluate` before and after training, and what it took.
+
+    training_seconds: of all steps, those before the run was resumed included; total_seconds: since this process began
+    """
     print(f"\nHeld-out accuracy, greedy, {num_items} problems (95% interval)")
     for name in ("strict", "lenient"):
         shares = [before[name], after[name]]
@@ -983,7 +986,7 @@ def print_summary(before, after, num_items, training_seconds, total_seconds):
             f"{share:6.1%} ({low:.1%} to {high:.1%})" for share, (low, high) in zip(shares, intervals, strict=True)
         ]
         print(f"    {name:8}{'  ->  '.join(cells)}")
-    print(f"Training took {training_seconds:.0f} s, the whole run {total_seconds:.0f} s.")
+    print(f"All steps took {training_seconds:.0f} s; this command, with evaluations, {total_seconds:.0f} s.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1000,6 +1003,51 @@ def say(text):
 @functools.cache
 def say_once(text):
     say(text)
+
+
+def print_banner(config, model, accelerator, num_trained, train_set, test_items, step, run):
+    """What is about to run. num_trained: parameters; step, run: what one step is, and the whole"""
+    device, num_total = accelerator.device, sum(parameter.numel() for parameter in model.parameters())
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    attention = inner_model(model).config._attn_implementation
+    lines = {
+        "model": f"{config.model}, {num_total:,} parameters, {num_trained:,} of them trained",
+        "device": f"{accelerator.num_processes} x {device_name}, {config.dtype}, {attention} attention",
+        "data": f"{config.dataset}, {len(train_set):,} problems, evaluated on {len(test_items):,} held-out ones",
+        "step": step,
+        "run": run,
+    }
+    for name, text in lines.items():
+        accelerator.print(f"{name:8}{text}")
+
+
+class ProgressBar(tqdm):
+    """The steps of a run and the phase of the present one: a bar on a terminal, elsewhere a line every half minute."""
+
+    SECONDS_BETWEEN_LINES = 30
+
+    def __init__(self, num_steps, num_done, is_main):
+        super().__init__(
+            total=num_steps,
+            initial=num_done,
+            disable=None if is_main else True,  # None: where standard error is no terminal
+            bar_format="{desc:8} {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",  # fits into 80 columns
+            dynamic_ncols=True,
+        )
+        self.num_done, self.writes_lines = num_done, is_main and self.disable
+        self.start = self.last_line = time.monotonic()
+
+    def step_done(self, step, metrics):
+        """step: how many are done; metrics: the scalars that were logged for the last one"""
+        rate = tqdm.format_sizeof(float(metrics["throughput/tokens_per_second"]))
+        state = f"reward {metrics['reward/mean']:.2f}, accuracy {metrics['accuracy/strict']:.0%}, {rate} tokens/s"
+        self.set_postfix_str(state, refresh=False)
+        self.update()
+        now = time.monotonic()
+        if self.writes_lines and now - self.last_line > self.SECONDS_BETWEEN_LINES:
+            self.last_line = now
+            seconds_left = (now - self.start) / (step - self.num_done) * (self.total - step)
+            say(f"{step:6d}/{self.total}  {state}, {tqdm.format_interval(seconds_left)} left")
 
 
 class AppendedFile:
@@ -1039,66 +1087,132 @@ def as_text(text):
     return "".join(map(shown, text))
 
 
-class Logger:
-    """TensorBoard scalars, texts and hyperparameters of one run, in one folder."""
+# TensorBoard's CUSTOM SCALARS page: {category: {chart: tags, as regular expressions}}
+CHARTS = {
+    "Is it learning?": {
+        "held-out accuracy": ["eval/strict_accuracy", "eval/lenient_accuracy"],
+        "reward": ["reward/mean"],
+        "rewards, unweighted": ["reward/(?!mean|std|group_std|equal_groups)"],
+    },
+    "Is there something to learn from?": {
+        "groups, or pairs of members, of equal reward": ["reward/equal_groups", "es/tie_rate"],
+        "completions that were cut": ["completion/truncated", "eval/truncated"],
+        "length of completions": ["completion/length"],
+    },
+    "Is the policy sound?": {
+        "entropy": ["policy/entropy"],
+        "KL to the policy before, and to the starting model": ["policy/kl"],
+        "ratios that were clipped": ["policy/clip"],
+        "distance from the starting weights": ["es/distance"],
+    },
+    "Where does the time go?": {
+        "seconds of a step, by phase": ["time/(?!evaluate)"],
+        "tokens per second": ["throughput/"],
+    },
+}
 
-    def __init__(self, folder, config, first_step=0):
+
+class Logger:
+    """TensorBoard scalars, texts and hyperparameters of one run, in one folder.
+
+    The folder `by_tokens` in it is a second run to TensorBoard, with what evaluations found over what it cost: its
+    steps are generated tokens, its clock (the RELATIVE axis) counts seconds of training.
+    """
+
+    def __init__(self, folder, config, first_step=0, first_token=0):
         """folder: where to write; None writes nothing.
 
-        first_step: what was logged there earlier for this step and later ones is void
+        first_step, first_token: what was logged there earlier for this step, or number of tokens, and later is void
         """
-        self.config, self.file = config, None
+        self.file = self.file_by_tokens = None
         if folder is not None:
-            self.file = AppendedFile(
-                folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-            )
-            start = SessionLog(status=SessionLog.START)
-            self._append([Event(file_version="brain.Event:2"), Event(step=first_step, session_log=start)])
+            self.file = self._open(folder, first_step)
+            self.file_by_tokens = self._open(folder / "by_tokens", first_token)
+            self._append(self.file, Event(summary=summary.hparams(hyperparameters(config), {})[1]))
+            layout = {category: {k: ["Multiline", tags] for k, tags in v.items()} for category, v in CHARTS.items()}
+            self._append(self.file, Event(summary=summary.custom_scalars(layout)))
             self.text("config", f"<pre>{html.escape(config_text(config))}</pre>", 0)
 
-    def _append(self, events):
+    def _open(self, folder, first_step):
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        file, start = AppendedFile(folder / name), SessionLog(status=SessionLog.START)
+        self._append(file, Event(file_version="brain.Event:2"), Event(step=first_step, session_log=start))
+        return file
+
+    def _append(self, file, *events, seconds=None):
         """Not by SummaryWriter, whose thread does not survive a full disk: at once, so that no kill loses a step."""
-        if self.file:
+        if file:
             records = io.BytesIO()
             for event in events:
-                event.wall_time = time.time()
+                event.wall_time = time.time() if seconds is None else seconds
                 RecordWriter(records).write(event.SerializeToString())
-            self.file.append(records.getvalue())
+            file.append(records.getvalue())
+
+    def is_behind(self):
+        """Whether records wait for room on the disk, once it was tried again to write them."""
+        files = [file for file in (self.file, self.file_by_tokens) if file]
+        for file in files:
+            file.append(b"")
+        return any(file.waiting for file in files)
 
     def scalars(self, values, step):
-        self._append([Event(step=step, summary=summary.scalar(tag, value)) for tag, value in values.items()])
+        self._append(
+            self.file, *(Event(step=step, summary=summary.scalar(tag, value)) for tag, value in values.items())
+        )
 
     def text(self, tag, markdown, step):
-        self._append([Event(step=step, summary=summary.text(tag, markdown))])
+        self._append(self.file, Event(step=step, summary=summary.text(tag, markdown)))
 
     def completions(self, tag, items, texts, step):
         """A table of prompts, answers and completions. Model output is text, never markup."""
         rows = ["| | prompt | answer | completion |", "|---|---|---|---|"]
         for item, text in zip(items, texts, strict=True):
-            verdict = "✓" if strict_correct(text, item["answer"]) else "✗"
+            if strict_correct(text, item["answer"]):
+                verdict = "✓"
+            else:
+                verdict = "✗ form" if lenient_correct(text, item["answer"]) else "✗"
             cells = [as_text(cell) for cell in (item["prompt"], item["answer"], text)]
             rows.append(f"| {verdict} | {' | '.join(cells)} |")
         self.text(tag, "\n".join(rows), step)
 
-    def evaluation(self, result, step):
+    def evaluation(self, result, step, generated_tokens, seconds):
         """What `evaluate` returned: curves, and a table of the first completions."""
+        accuracy = {"strict_accuracy": result["strict"], "lenient_accuracy": result["lenient"]}
         self.scalars(
             {
-                "eval/strict_accuracy": result["strict"],
-                "eval/lenient_accuracy": result["lenient"],
+                **{f"eval/{name}": value for name, value in accuracy.items()},
                 "eval/length": result["length"],
                 "eval/truncated": result["truncated"],
                 "time/evaluate": result["seconds"],
             },
             step,
         )
-        self.completions("eval/completions", result["items"][:8], result["texts"][:8], step)
+        self._append(
+            self.file_by_tokens,
+            *(
+                Event(step=generated_tokens, summary=summary.scalar(f"by_tokens/{name}", value))
+                for name, value in accuracy.items()
+            ),
+            seconds=seconds,
+        )
+        self.completions("completions", result["items"][:8], result["texts"][:8], step)
 
-    def hparams(self, metrics):
-        """The config as a row of TensorBoard's HPARAMS page, with the run's final metrics."""
-        values = dataclasses.asdict(self.config)
-        flat = {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in values.items()}
-        self._append([Event(summary=part) for part in summary.hparams(flat, metrics)])
+    def finished(self):
+        """Tell TensorBoard's HPARAMS page."""
+        self._append(self.file, Event(summary=summary.hparams({}, {})[2]))
+
+
+def hyperparameters(config):
+    """What a config has that runs are compared by, flat: {"lora.rank": 16, ...}."""
+    flat = {}
+    for key, value in dataclasses.asdict(config).items():
+        if key == "model" or key not in FREE_KEYS:
+            nested = value if isinstance(value, dict) and value else {"": value}
+            for name, part in nested.items():
+                plain = isinstance(part, (int, float, str, bool))
+                flat[f"{key}.{name}".rstrip(".")] = part if plain else json.dumps(part)
+    return flat
 
 
 def completion_metrics(scores):
@@ -1122,7 +1236,7 @@ class PhaseTimer:
 
     @contextlib.contextmanager
     def __call__(self, phase):
-        self.progress.set_description(phase)
+        self.progress.set_description_str(phase)
         start = time.perf_counter()
         yield
         if torch.cuda.is_available():
