@@ -1024,6 +1024,7 @@ def print_banner(config, model, accelerator, num_trained, train_set, test_items,
 class ProgressBar(tqdm):
     """The steps of a run and the phase of the present one: a bar on a terminal, elsewhere a line every half minute."""
 
+    FORM = "{desc:8} {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"  # fits into 80 columns
     SECONDS_BETWEEN_LINES = 30
 
     def __init__(self, num_steps, num_done, is_main):
@@ -1031,7 +1032,7 @@ class ProgressBar(tqdm):
             total=num_steps,
             initial=num_done,
             disable=None if is_main else True,  # None: where standard error is no terminal
-            bar_format="{desc:8} {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",  # fits into 80 columns
+            bar_format=self.FORM,
             dynamic_ncols=True,
         )
         self.num_done, self.writes_lines = num_done, is_main and self.disable

@@ -30,6 +30,10 @@ TWO_PROCESSES = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gp
 TWO_PROCESSES += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--screenshots", metavar="FOLDER", help="where test_tensorboard.py leaves pictures of the pages")
+
+
 def make_model(seed=0, dtype=torch.float32, family="qwen2", **settings):
     """A random model with grouped key-value heads, spread out enough that its samples do not collapse."""
     torch.manual_seed(seed)
@@ -191,6 +195,7 @@ def assert_same_run(folder, other):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
+    assert scalars(folder / "by_tokens") == scalars(other / "by_tokens")
     curves, other_curves = scalars(folder), scalars(other)
     assert curves.keys() == other_curves.keys()
     for tag, points in other_curves.items():

@@ -197,7 +197,7 @@ def test_two_processes_end_with_the_very_weights_of_one(tmp_path, hugging_face_d
             done = run_script(arguments, script="es_train.py", path=[hugging_face_datasets], **options)
             assert done.returncode == 0, done.stderr
             assert done.stdout.count("Held-out accuracy") == 1
-            assert f"on {1 + (name == 'two')} x cpu" in done.stdout
+            assert f"device  {1 + (name == 'two')} x cpu" in done.stdout
         one, two = tmp_path / more[0] / "one", tmp_path / more[0] / "two"
         assert_same_weights(one, two)
         assert [state.get("weights") for state in journal(one)] == [state.get("weights") for state in journal(two)]

@@ -56,7 +56,7 @@ def test_two_processes_do_what_one_does(tmp_path, name, hugging_face_datasets):
         process = start(script, folder, *overrides, launcher=launcher, path=[hugging_face_datasets])
         out, err = end(process)
         assert process.returncode == 0, err
-        assert f"on {1 + (world == 'two')} x cpu" in out and out.count("Held-out accuracy") == 1
+        assert f"device  {1 + (world == 'two')} x cpu" in out and out.count("Held-out accuracy") == 1
         assert len(list(folder.glob("events*"))) == 1  # one process logs
     one, first, second = seen(folders["one"], 0), seen(folders["two"], 0), seen(folders["two"], 1)
 

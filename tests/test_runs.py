@@ -1,6 +1,5 @@
 """The scripts as a user runs them, and the helpers of a run: model loading, prompts, evaluation, logs."""
 
-import json
 import math
 import os
 import shutil
@@ -9,17 +8,19 @@ import sys
 
 import pytest
 import torch
-import yaml
 from accelerate.utils import set_seed
 from conftest import ROOT, TINY, TWO_PROCESSES, make_model, run_script, scalars
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo_train
 from utils import (
     Logger,
+    ProgressBar,
     draw_indices,
     encode_prompts,
     evaluate,
@@ -207,7 +208,7 @@ def test_two_processes_take_the_step_of_one_with_hugging_face_datasets_installed
         done = run_script([*overrides, f"run_name={name}"], launcher=launcher, path=[hugging_face_datasets])
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Held-out accuracy") == 1
-        assert f"on {1 + (name == 'two')} x cpu" in done.stdout
+        assert f"device  {1 + (name == 'two')} x cpu" in done.stdout
     one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")
     assert one.keys() == two.keys()
     for tag in one:
@@ -398,19 +399,70 @@ def test_scalars_are_on_disk_once_logged_however_the_run_ends(tmp_path):
 def test_completions_in_the_log_are_text_and_never_markup(tmp_path):
     logger = Logger(tmp_path, grpo_train.GRPOConfig())
     hostile = "<script>alert(1)</script>|\n<think>"
-    logger.completions("eval/completions", [{"prompt": "<b>", "answer": "7"}], [hostile], 0)
+    texts = [hostile, "<think>.</think><answer>7</answer>", "it is 7"]
+    logger.completions("completions", [{"prompt": "<b>", "answer": "7"}] * 3, texts, 0)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    (event,) = events.Tensors("eval/completions/text_summary")
+    (event,) = events.Tensors("completions/text_summary")
     table = event.tensor_proto.string_val[0].decode()
     assert "<script>" not in table and "<b>" not in table and "&#60;script&#62;" in table
-    assert len(table.splitlines()) == 3 and table.splitlines()[2].count("|") == 5
+    rows = table.splitlines()[2:]
+    assert all(row.count("|") == 5 for row in rows)
+    assert [row.split("|")[1] for row in rows] == [" ✗ ", " ✓ ", " ✗ form "]
 
 
-def test_hyperparameters_and_config_are_logged(tmp_path):
-    folder = train(tmp_path, "run")
-    events = EventAccumulator(str(folder))
+def test_hyperparameters_and_config_are_logged_flat_and_from_the_start(tmp_path):
+    config = load_config(grpo_train.GRPOConfig, ROOT / "grpo_config.yml", ["lora.rank=4"])
+    assert Logger(tmp_path, config)
+    events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert "_hparams_/session_start_info" in json.dumps(events.summary_metadata, default=str)
     assert "config/text_summary" in events.Tags()["tensors"]
-    assert yaml.safe_load((folder / "config.yml").read_text())["lora"]["rank"] == 4
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    logged = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert logged["lora.rank"].number_value == 4 and logged["rewards.accuracy"].number_value == 1
+    assert logged["lora.target_modules"].string_value.startswith('["q_proj"')
+    assert "log_dir" not in logged and logged["model"].string_value == "tiny_model"
+
+
+def test_accuracy_is_logged_by_tokens_and_seconds_too(tmp_path):
+    folder = train(tmp_path, "run")
+    curves, by_tokens = scalars(folder), scalars(folder / "by_tokens")
+    tokens, seconds = (
+        [0, *(value for _, value in curves[f"progress/{name}"])] for name in ("generated_tokens", "seconds")
+    )
+    for name in ("strict_accuracy", "lenient_accuracy"):
+        values = [value for _, value in curves[f"eval/{name}"]]
+        assert by_tokens[f"by_tokens/{name}"] == list(zip(tokens, values, strict=True))
+    events = EventAccumulator(str(folder / "by_tokens"))
+    events.Reload()
+    assert [e.wall_time for e in events.Scalars("by_tokens/strict_accuracy")] == pytest.approx(seconds, rel=1e-6)
+
+
+# What a person sees in the terminal
+
+METRICS = {"reward/mean": 0.9876, "accuracy/strict": 1.0, "throughput/tokens_per_second": torch.tensor(123456.0)}
+
+
+@pytest.mark.parametrize(("num_steps", "hours"), [(60, 0), (1740, 100)])
+def test_bar_shows_all_it_has_in_80_columns(num_steps, hours):
+    bar = ProgressBar(num_steps, 0, is_main=False)
+    bar.step_done(1, METRICS)
+    values = {"n": num_steps - 1, "elapsed": 3600 * hours + 40, "prefix": "evaluate", "postfix": bar.postfix}
+    line = tqdm.format_meter(total=num_steps, ncols=80, bar_format=ProgressBar.FORM, **values)
+    assert len(line) <= 80
+    assert line.startswith(f"evaluate {num_steps - 1}/{num_steps} |")
+    assert line.endswith(" left, reward 0.99, accuracy 100%, 123k tokens/s")
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    bar = ProgressBar(20, 10, is_main=True)
+    for step in range(11, 16):
+        now[0] += 12
+        bar.step_done(step, METRICS)
+    output = capsys.readouterr()
+    assert output.out == "    13/20  reward 0.99, accuracy 100%, 123k tokens/s, 01:24 left\n"
+    assert not output.err
+    ProgressBar(20, 10, is_main=False).step_done(11, METRICS)  # of another process
+    assert not capsys.readouterr().out
