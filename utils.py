@@ -40,6 +40,7 @@ import transformers
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from jinja2 import TemplateError
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -349,7 +350,7 @@ def _model_problem(name, error):
 
 
 def load_tokenizer(name, cache_dir=None):
-    """The model's tokenizer. A model without a chat template is prompted in plain text, which is said once."""
+    """The model's tokenizer. What is unusual about its prompts is said, by the first process."""
     if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "tokenizer_config.json").is_file():
         name = PeftConfig.from_pretrained(name).base_model_name_or_path
     try:
@@ -358,8 +359,11 @@ def load_tokenizer(name, cache_dir=None):
         raise ValueError(f"model: {name!r} has no tokenizer: {_model_problem(name, error)}") from None
     if tokenizer.pad_token_id is None:  # never looked for in ids: masks come from lengths
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.chat_template is None:
-        print(f"{name} has no chat template: prompts are plain text, system prompt first")
+    if int(os.environ.get("RANK", 0)) == 0:
+        if tokenizer.chat_template is None:
+            print(f"{name} has no chat template: prompts are plain text, {PLAIN_TEMPLATE!r}")
+        elif answer_start(tokenizer):
+            print(f"{name}'s chat template opens every answer with <think>, which is scored as part of it")
     return tokenizer
 
 
@@ -393,15 +397,35 @@ def load_problems(config, num_processes):
 
 
 def encode_prompts(tokenizer, prompts, system_prompt):
-    """Token ids of each prompt as the model is to see it: chat template, system prompt, start of the answer."""
+    """Token ids of each prompt as the model is to see it: chat template, system prompt, start of the answer.
+
+    A base model, which has no chat template, gets `PLAIN_TEMPLATE`; where a template takes no system message, the
+    system prompt stands before the user's.
+    """
     if tokenizer.chat_template is None:
-        texts = [f"{system_prompt}\n\n{prompt}\n\n".lstrip() for prompt in prompts]
-    else:
-        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        chats = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
-        texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    # The template writes the special tokens itself; in plain text the tokenizer adds its own.
-    return tokenizer(texts, add_special_tokens=tokenizer.chat_template is None).input_ids
+        texts = [PLAIN_TEMPLATE.format(system=system_prompt, prompt=prompt).lstrip() for prompt in prompts]
+        return tokenizer(texts).input_ids  # the tokenizer adds its own special tokens
+    apply = functools.partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    try:
+        texts = apply([[*system, {"role": "user", "content": prompt}] for prompt in prompts])
+    except TemplateError:
+        texts = apply([[{"role": "user", "content": f"{system_prompt}\n\n{prompt}".lstrip()}] for prompt in prompts])
+    return tokenizer(texts, add_special_tokens=False).input_ids  # the template wrote them
+
+
+PLAIN_TEMPLATE = "{system}\n\nUser: {prompt}\n\nAssistant:"
+
+
+def answer_start(tokenizer):
+    """ "<think>" if the chat template writes it at the start of each answer, as those of reasoning models do, else "".
+
+    Completions begin after it, and it belongs to what is scored.
+    """
+    if tokenizer.chat_template is None:
+        return ""
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True)
+    return "<think>" if text.rstrip().endswith("<think>") else ""
 
 
 def check_prompt_lengths(model, prompts, max_new_tokens):
@@ -453,8 +477,10 @@ class Completions:
     truncated: torch.Tensor  # (B,) bool: cut at max_new_tokens, without an end token
 
     def texts(self, tokenizer):
+        """With the beginning that the chat template gave them, see `answer_start`."""
         rows = [tokens[mask].tolist() for tokens, mask in zip(self.tokens, self.mask, strict=True)]
-        return tokenizer.batch_decode(rows, skip_special_tokens=True)
+        start = answer_start(tokenizer)
+        return [start + text for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
 
 class HalvingSize:

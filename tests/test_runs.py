@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo_train
 from utils import (
+    Completions,
     Logger,
     ProgressBar,
     draw_indices,
@@ -29,6 +30,7 @@ from utils import (
     load_tokenizer,
     make_accelerator,
     schedule_factor,
+    score_completions,
     seeded_generator,
     stop_ids,
     wilson_interval,
@@ -326,7 +328,38 @@ def test_prompts_follow_the_chat_template_or_plain_text():
     assert chat == "<|system|>Be brief.<|user|>2+2<|assistant|>"
     assert alone == "<|user|>2+2<|assistant|>"
     tokenizer.chat_template = None
-    assert tokenizer.decode(encode_prompts(tokenizer, ["2+2"], "Be brief.")[0]) == "Be brief.\n\n2+2\n\n"
+    plain, alone = (tokenizer.decode(encode_prompts(tokenizer, ["2+2"], s)[0]) for s in ("Be brief.", ""))
+    assert plain == "Be brief.\n\nUser: 2+2\n\nAssistant:"
+    assert alone == "User: 2+2\n\nAssistant:"
+
+
+def test_system_prompt_goes_to_the_user_where_the_template_takes_none():
+    tokenizer = load_tokenizer(TINY)
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    tokenizer.chat_template = refuse + tokenizer.chat_template
+    (ids,) = encode_prompts(tokenizer, ["2+2"], "Be brief.")
+    assert tokenizer.decode(ids) == "<|user|>Be brief.\n\n2+2<|assistant|>"
+
+
+def test_think_tag_that_the_template_writes_is_scored_with_the_completion_and_not_asked_for_twice(capsys, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    ids = tokenizer(["1+1=2</think><answer>2</answer>", "2"]).input_ids
+    length = max(map(len, ids))
+    tokens = torch.tensor([row + [0] * (length - len(row)) for row in ids])
+    mask = torch.arange(length) < torch.tensor([[len(row)] for row in ids])
+    completions = Completions(tokens, mask, torch.zeros(2, length), torch.zeros(2, dtype=torch.bool))
+    scores = score_completions({"accuracy": 1.0}, completions, tokenizer, [{"prompt": "1+1", "answer": "2"}] * 2)
+    assert [row["accuracy/strict"] for row in scores] == [0, 0]
+
+    opened = "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
+    tokenizer.chat_template += opened
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert "opens every answer with <think>" in capsys.readouterr().out
+    assert tokenizer.decode(encode_prompts(tokenizer, ["1+1"], "")[0]) == "<|user|>1+1<|assistant|><think>\n"
+    assert completions.texts(tokenizer) == ["<think>1+1=2</think><answer>2</answer>", "<think>2"]
+    scores = score_completions({"accuracy": 1.0}, completions, tokenizer, [{"prompt": "1+1", "answer": "2"}] * 2)
+    assert [row["accuracy/strict"] for row in scores] == [1, 0]
 
 
 def test_model_without_chat_template_is_said_once(tmp_path, capsys):
