@@ -24,7 +24,7 @@ Where this departs from the papers:
 - What is perturbed in both modes: linear weights, embeddings (a tied head with them, once), biases, norm weights.
 
     python es_train.py
-    python es_train.py --config recipes/es_gsm8k_qwen2.5-1.5b.yml
+    python es_train.py --config recipes/es_gsm8k_gaussian.yml
     python es_train.py perturbation=gaussian antithetic=true
     accelerate launch --num_processes 2 es_train.py      (on a CPU: torchrun --nproc_per_node 2 es_train.py)
 

@@ -20,7 +20,7 @@ Where this departs from the paper:
 - Groups whose rewards are all equal have advantage 0, exactly, and are not computed on when kl_weight is 0.
 
     python grpo_train.py
-    python grpo_train.py --config recipes/grpo_gsm8k_qwen2.5-1.5b.yml
+    python grpo_train.py --config recipes/grpo_gsm8k.yml
     python grpo_train.py learning_rate=2e-5 group_size=16 lora.rank=32
     accelerate launch --num_processes 2 grpo_train.py      (on a CPU: torchrun --nproc_per_node 2 grpo_train.py)
 

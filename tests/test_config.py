@@ -2,11 +2,14 @@
 
 import ast
 import dataclasses
+import json
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS, TINY, scalars
 
 from es_train import ESConfig
 from grpo_train import GRPOConfig, LoRA
@@ -50,8 +53,36 @@ def test_every_config_key_is_read(name):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipes_load(recipe):
-    load_config(CLASSES[recipe.stem.partition("_")[0]], recipe)
+def test_recipe_runs_two_steps_with_the_embedded_model_and_what_its_head_offers_loads(recipe, tmp_path):
+    script = SCRIPTS[recipe.stem.partition("_")[0]]
+    head = recipe.read_text().partition("\n\n")[0]
+    offers = re.findall(r"\b\w+=[\w./-]+\w", head.replace("\n# ", " "))
+    assert len([offer for offer in offers if offer.startswith("model=")]) == 3
+    for offer in offers:
+        assert load_config(script.config_class, recipe, [offer]) != load_config(script.config_class, recipe), offer
+
+    for split in ("train", "test"):
+        problems = [{"question": f"What is {i} plus 2?", "answer": f"It is {i}+2.\n#### {i + 2}"} for i in range(9)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    sizes = (
+        f"{script.num_steps}=2 eval_size=4 max_new_tokens=16 device=cpu"
+    )
+    sizes += {"grpo": " prompts_per_step=4", "es": " prompts_per_iteration=4 population_size=4"}[script.name[:-6]]
+    where = [f"model={TINY}", f"log_dir={tmp_path}", "run_name=run"]
+    where += [f"dataset_args={{path: {tmp_path}}}"] if "gsm8k" in recipe.stem else []
+    script.module.main(load_config(script.config_class, recipe, [*sizes.split(), *where]))
+    assert [step for step, _ in scalars(tmp_path / "run")["reward/mean"]] == [1, 2]
+    assert (tmp_path / "run" / "model" / "tokenizer.json").is_file()
+
+
+def test_memory_of_every_recipe_is_in_readme():
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "recipe_memory.py"], capture_output=True, text=True, check=True
+    )
+    table = done.stdout.strip().splitlines()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert {row.split("`")[1] for row in table[2:]} == {path.stem for path in RECIPES}
+    assert all(row in readme for row in table)
 
 
 def test_overrides_reach_nested_keys_and_replace_mappings():
