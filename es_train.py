@@ -513,8 +513,8 @@ def main(config, stop_requested=lambda: False):
     write_weights(model, master)
     if is_main:
         write_file(folder / "config.yml", config_text(config).encode())  # with which --config resumes the run
-    after = (num_done + 1, states[-1]["generated_tokens"] + 1) if states else (0, 0)
-    logger = Logger(folder if is_main else None, config, *after)
+    last = (num_done, states[-1]["generated_tokens"]) if states else (-1, -1)
+    logger = Logger(folder if is_main else None, config, *last)
     print_banner(
         config,
         model,
@@ -571,6 +571,7 @@ def main(config, stop_requested=lambda: False):
         state = {"iteration": 0, "seconds": 0.0, "generated_tokens": 0, "skipped_steps": 0, "skipped_in_a_row": 0}
         commit({**state, "evaluation": evaluate_model(state)})
 
+    progress.begin()
     for iteration in range(num_done, config.num_iterations):
         if any(gather_object([stop_requested()])):
             break

@@ -594,8 +594,8 @@ def main(config, stop_requested=lambda: False):
     if is_main:
         write_file(folder / "config.yml", config_text(config).encode())  # with which --config resumes the run
 
-    after = (state["step"] + 1, state["generated_tokens"] + 1) if state else (0, 0)
-    logger = Logger(folder if is_main else None, config, *after)
+    last = (state["step"], state["generated_tokens"]) if state else (-1, -1)
+    logger = Logger(folder if is_main else None, config, *last)
     print_banner(
         config,
         model,
@@ -647,6 +647,7 @@ def main(config, stop_requested=lambda: False):
         state["before"] = evaluate_policy(state)
         unsaved = save(state)
 
+    progress.begin()
     for step in range(state["step"], config.num_steps):
         if any(gather_object([stop_requested()])):
             break

@@ -150,6 +150,7 @@ def run_from_command_line(main, config_class, default_path, example, memory_keys
     parser.add_argument("--config", default=default_path, help="YAML file that sets every key (%(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"keys to set otherwise, e.g. {example}")
     arguments = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # so that a log file can be followed
     with one_line_errors(memory_keys), StopSignals() as stop_requested:
         main(load_config(config_class, arguments.config, arguments.overrides), stop_requested)
 
@@ -359,11 +360,10 @@ def load_tokenizer(name, cache_dir=None):
         raise ValueError(f"model: {name!r} has no tokenizer: {_model_problem(name, error)}") from None
     if tokenizer.pad_token_id is None:  # never looked for in ids: masks come from lengths
         tokenizer.pad_token = tokenizer.eos_token
-    if int(os.environ.get("RANK", 0)) == 0:
-        if tokenizer.chat_template is None:
-            print(f"{name} has no chat template: prompts are plain text, {PLAIN_TEMPLATE!r}")
-        elif answer_start(tokenizer):
-            print(f"{name}'s chat template opens every answer with <think>, which is scored as part of it")
+    if tokenizer.chat_template is None:
+        say_once(f"{name} has no chat template: prompts are plain text, {PLAIN_TEMPLATE!r}")
+    elif answer_start(tokenizer):
+        say_once(f"the chat template begins every answer with {answer_start(tokenizer)}, which is scored as part of it")
     return tokenizer
 
 
@@ -396,36 +396,46 @@ def load_problems(config, num_processes):
     return train_set, test_items
 
 
+PLAIN_TEMPLATE = "{system}\n\nUser: {prompt}\n\nAssistant:"  # for base models, which have no chat template
+
+
 def encode_prompts(tokenizer, prompts, system_prompt):
     """Token ids of each prompt as the model is to see it: chat template, system prompt, start of the answer.
 
-    A base model, which has no chat template, gets `PLAIN_TEMPLATE`; where a template takes no system message, the
-    system prompt stands before the user's.
+    Where a chat template takes no system message, the system prompt stands before the user's.
     """
     if tokenizer.chat_template is None:
         texts = [PLAIN_TEMPLATE.format(system=system_prompt, prompt=prompt).lstrip() for prompt in prompts]
         return tokenizer(texts).input_ids  # the tokenizer adds its own special tokens
-    apply = functools.partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     try:
-        texts = apply([[*system, {"role": "user", "content": prompt}] for prompt in prompts])
-    except TemplateError:
-        texts = apply([[{"role": "user", "content": f"{system_prompt}\n\n{prompt}".lstrip()}] for prompt in prompts])
+        texts = _in_template(tokenizer, [[*system, {"role": "user", "content": prompt}] for prompt in prompts])
+        is_shown = system_prompt.strip() in texts[0]
+    except TemplateError:  # raised by the template
+        is_shown = False
+    if not is_shown:
+        say_once("the chat template takes no system prompt: it stands before each problem")
+        chats = [[{"role": "user", "content": f"{system_prompt}\n\n{prompt}"}] for prompt in prompts]
+        texts = _in_template(tokenizer, chats)
     return tokenizer(texts, add_special_tokens=False).input_ids  # the template wrote them
 
 
-PLAIN_TEMPLATE = "{system}\n\nUser: {prompt}\n\nAssistant:"
+def _in_template(tokenizer, chats):
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:  # it writes today's date; a run that is resumed tomorrow must have the same prompts
+        template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + template
+    return tokenizer.apply_chat_template(chats, template, add_generation_prompt=True, tokenize=False)
 
 
 def answer_start(tokenizer):
-    """ "<think>" if the chat template writes it at the start of each answer, as those of reasoning models do, else "".
-
-    Completions begin after it, and it belongs to what is scored.
+    """What the chat template writes at the start of each answer: "<think>" with reasoning models, those that are told
+    not to think have "<think></think>", others "". Completions begin after it, and it belongs to what is scored.
     """
     if tokenizer.chat_template is None:
         return ""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True)
-    return "<think>" if text.rstrip().endswith("<think>") else ""
+    text = _in_template(tokenizer, [[{"role": "user", "content": "?"}]])[0]
+    found = re.search(r"<think>\s*(</think>)?\s*$", text)
+    return "".join(found[0].split()) if found else ""
 
 
 def check_prompt_lengths(model, prompts, max_new_tokens):
@@ -1028,7 +1038,9 @@ def say(text):
 
 @functools.cache
 def say_once(text):
-    say(text)
+    """Once a run: by the first process alone."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        say(text)
 
 
 def print_banner(config, model, accelerator, num_trained, train_set, test_items, step, run):
@@ -1062,6 +1074,10 @@ class ProgressBar(tqdm):
             dynamic_ncols=True,
         )
         self.num_done, self.writes_lines = num_done, is_main and self.disable
+
+    def begin(self):
+        """The first step begins: only from now on does time tell how long steps take."""
+        self.unpause()
         self.start = self.last_line = time.monotonic()
 
     def step_done(self, step, metrics):
@@ -1119,21 +1135,25 @@ CHARTS = {
     "Is it learning?": {
         "held-out accuracy": ["eval/strict_accuracy", "eval/lenient_accuracy"],
         "reward": ["reward/mean"],
-        "rewards, unweighted": ["reward/(?!mean|std|group_std|equal_groups)"],
+        "rewards, unweighted": ["reward/(?!(mean|std|group_std|equal_groups)$)"],
     },
     "Is there something to learn from?": {
         "groups, or pairs of members, of equal reward": ["reward/equal_groups", "es/tie_rate"],
         "completions that were cut": ["completion/truncated", "eval/truncated"],
         "length of completions": ["completion/length"],
     },
-    "Is the policy sound?": {
+    "GRPO: is the policy sound?": {
         "entropy": ["policy/entropy"],
         "KL to the policy before, and to the starting model": ["policy/kl"],
         "ratios that were clipped": ["policy/clip"],
+    },
+    "ES: is the noise of the right size?": {
+        "rewards of the members": ["es/reward_(min|mean|max)"],
+        "their standard deviation": ["es/reward_std"],
         "distance from the starting weights": ["es/distance"],
     },
     "Where does the time go?": {
-        "seconds of a step, by phase": ["time/(?!evaluate)"],
+        "seconds of a step, by phase": ["time/(?!evaluate$)"],
         "tokens per second": ["throughput/"],
     },
 }
@@ -1143,18 +1163,18 @@ class Logger:
     """TensorBoard scalars, texts and hyperparameters of one run, in one folder.
 
     The folder `by_tokens` in it is a second run to TensorBoard, with what evaluations found over what it cost: its
-    steps are generated tokens, its clock (the RELATIVE axis) counts seconds of training.
+    steps are thousands of generated tokens, its clock (the RELATIVE axis) counts seconds of training.
     """
 
-    def __init__(self, folder, config, first_step=0, first_token=0):
+    def __init__(self, folder, config, last_step=-1, last_token=-1):
         """folder: where to write; None writes nothing.
 
-        first_step, first_token: what was logged there earlier for this step, or number of tokens, and later is void
+        last_step, last_token: what was logged there earlier for later steps, or more tokens, is void
         """
         self.file = self.file_by_tokens = None
         if folder is not None:
-            self.file = self._open(folder, first_step)
-            self.file_by_tokens = self._open(folder / "by_tokens", first_token)
+            self.file = self._open(folder, last_step + 1)
+            self.file_by_tokens = self._open(folder / "by_tokens", last_token // 1000 + 1)
             self._append(self.file, Event(summary=summary.hparams(hyperparameters(config), {})[1]))
             layout = {category: {k: ["Multiline", tags] for k, tags in v.items()} for category, v in CHARTS.items()}
             self._append(self.file, Event(summary=summary.custom_scalars(layout)))
@@ -1218,7 +1238,7 @@ class Logger:
         self._append(
             self.file_by_tokens,
             *(
-                Event(step=generated_tokens, summary=summary.scalar(f"by_tokens/{name}", value))
+                Event(step=generated_tokens // 1000, summary=summary.scalar(f"by_tokens/{name}", value))
                 for name, value in accuracy.items()
             ),
             seconds=seconds,

@@ -5,11 +5,12 @@
 Counted are, in GiB: weights, with the LoRA adapter, its gradient and AdamW's moments, or ES's fp32 master and starting
 point; and the larger of two peaks, which do not occur together:
 
-- generation: keys and values of all rows that are decoded at once, each of `PROMPT_TOKENS` and max_new_tokens
+- generation: keys and values of all rows that are decoded at once, each of `PROMPT_TOKENS` and max_new_tokens; those of
+  one layer once more, repeated for all heads; and three copies of the logits, in fp32
 - update, GRPO: per position the inputs of all layers (with gradient_checkpointing) and what one layer keeps for its
-  backward pass, and a chunk of logits; ES: noise and sum of the largest matrix, in fp32
+  backward pass, and a chunk of logits; ES: four copies of the largest matrix in fp32, to find how far it has moved
 
-What PyTorch and CUDA graphs hold besides, a few GiB, is not counted.
+What PyTorch, the GPU's libraries and CUDA graphs hold besides is not counted.
 """
 
 import sys
@@ -83,7 +84,7 @@ def gib(recipe, geometry, overrides):
         weights = num_base * (2 + 2 + 4)  # to compute with, as at the start, fp32 master
         members = config.population_batch if config.perturbation == "low_rank" else 1
         rows = min(members, config.population_size) * config.prompts_per_iteration
-        update = 2 * 4 * largest
+        update = 4 * 4 * largest
     else:
         num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         weights = num_base * 2 + num_trained * (4 + 4 + 8)
@@ -92,7 +93,9 @@ def gib(recipe, geometry, overrides):
         inputs = 2 * geometry.hidden_size * geometry.num_hidden_layers
         assert config.gradient_checkpointing
         update = config.micro_batch_tokens * (inputs + layer) + 3 * 4 * MAX_LOGITS
-    generation = rows * (PROMPT_TOKENS + config.max_new_tokens) * token_bytes
+    repeated = 2 * 2 * geometry.num_attention_heads * head_size
+    slots = PROMPT_TOKENS + config.max_new_tokens
+    generation = rows * (slots * (token_bytes + repeated) + 3 * 4 * geometry.vocab_size)
     return (weights + max(generation, update)) / 2**30
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from accelerate.utils import set_seed
-from conftest import ROOT, TINY, TWO_PROCESSES, make_model, run_script, scalars
+from conftest import ROOT, TINY, TWO_PROCESSES, make_model, run_script, scalars, wait_until
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -339,6 +339,15 @@ def test_system_prompt_goes_to_the_user_where_the_template_takes_none():
     tokenizer.chat_template = refuse + tokenizer.chat_template
     (ids,) = encode_prompts(tokenizer, ["2+2"], "Be brief.")
     assert tokenizer.decode(ids) == "<|user|>Be brief.\n\n2+2<|assistant|>"
+    tokenizer.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    assert tokenizer.decode(encode_prompts(tokenizer, ["2+2"], "Be brief.")[0]) == "Be brief.\n\n2+2"
+    assert tokenizer.decode(encode_prompts(tokenizer, ["2+2"], "")[0]) == "2+2"
+
+
+def test_prompts_do_not_change_with_the_date():
+    tokenizer = load_tokenizer(TINY)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    assert tokenizer.decode(encode_prompts(tokenizer, ["2+2"], "")[0]) == "26 Jul 2024<|user|>2+2<|assistant|>"
 
 
 def test_think_tag_that_the_template_writes_is_scored_with_the_completion_and_not_asked_for_twice(capsys, tmp_path):
@@ -355,11 +364,14 @@ def test_think_tag_that_the_template_writes_is_scored_with_the_completion_and_no
     tokenizer.chat_template += opened
     tokenizer.save_pretrained(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path))
-    assert "opens every answer with <think>" in capsys.readouterr().out
+    assert "begins every answer with <think>, " in capsys.readouterr().out
     assert tokenizer.decode(encode_prompts(tokenizer, ["1+1"], "")[0]) == "<|user|>1+1<|assistant|><think>\n"
     assert completions.texts(tokenizer) == ["<think>1+1=2</think><answer>2</answer>", "<think>2"]
     scores = score_completions({"accuracy": 1.0}, completions, tokenizer, [{"prompt": "1+1", "answer": "2"}] * 2)
     assert [row["accuracy/strict"] for row in scores] == [1, 0]
+    told_not_to = opened.replace("<think>\n", "<think>\n\n</think>\n\n")
+    tokenizer.chat_template = tokenizer.chat_template.replace(opened, told_not_to)
+    assert completions.texts(tokenizer)[1] == "<think></think>2"
 
 
 def test_model_without_chat_template_is_said_once(tmp_path, capsys):
@@ -465,7 +477,7 @@ def test_accuracy_is_logged_by_tokens_and_seconds_too(tmp_path):
     )
     for name in ("strict_accuracy", "lenient_accuracy"):
         values = [value for _, value in curves[f"eval/{name}"]]
-        assert by_tokens[f"by_tokens/{name}"] == list(zip(tokens, values, strict=True))
+        assert by_tokens[f"by_tokens/{name}"] == [(n // 1000, value) for n, value in zip(tokens, values, strict=True)]
     events = EventAccumulator(str(folder / "by_tokens"))
     events.Reload()
     assert [e.wall_time for e in events.Scalars("by_tokens/strict_accuracy")] == pytest.approx(seconds, rel=1e-6)
@@ -487,15 +499,28 @@ def test_bar_shows_all_it_has_in_80_columns(num_steps, hours):
     assert line.endswith(" left, reward 0.99, accuracy 100%, 123k tokens/s")
 
 
+def test_output_can_be_followed_in_a_file(tmp_path):
+    arguments = [f"log_dir={tmp_path}", "run_name=run", "num_steps=1000", f"model={TINY}"]
+    with open(tmp_path / "out", "w") as out:
+        process = subprocess.Popen([sys.executable, ROOT / "grpo_train.py", *arguments], stdout=out, cwd=ROOT)
+    wait_until(lambda: "held-out" in (tmp_path / "out").read_text(), process)
+    process.kill()
+    process.wait()
+
+
 def test_without_a_terminal_there_is_a_line_now_and_then(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     bar = ProgressBar(20, 10, is_main=True)
+    now[0] += 1000  # an evaluation
+    bar.begin()
     for step in range(11, 16):
         now[0] += 12
         bar.step_done(step, METRICS)
     output = capsys.readouterr()
     assert output.out == "    13/20  reward 0.99, accuracy 100%, 123k tokens/s, 01:24 left\n"
     assert not output.err
-    ProgressBar(20, 10, is_main=False).step_done(11, METRICS)  # of another process
+    bar = ProgressBar(20, 10, is_main=False)  # of another process
+    bar.begin()
+    bar.step_done(11, METRICS)
     assert not capsys.readouterr().out

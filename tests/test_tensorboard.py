@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import SCRIPTS
+from conftest import SCRIPTS, wait_until
 
 from utils import Logger
 
@@ -43,15 +43,15 @@ def address(tmp_path_factory):
     Logger(run, script.config(run), 10, 10**9).completions(
         "completions", [{"prompt": HOSTILE, "answer": "7"}], [HOSTILE], 10
     )
-    arguments = [f"--logdir_spec=grpo:{folder / 'grpo'},es:{folder / 'es'}", "--port=0", "--load_fast=false"]
-    server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", *arguments], stderr=subprocess.PIPE, text=True)
-    for line in server.stderr:
-        found = re.search(r"http://localhost:\d+", line)
-        if found:
-            break
-    yield found[0]
-    server.kill()
-    server.wait()
+    arguments = [f"--logdir_spec=grpo:{folder / 'grpo'},es:{folder / 'es'}", "--port=0"]
+    with open(folder / "log", "w") as log:
+        server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", *arguments], stderr=log)
+    try:
+        wait_until(lambda: "http://localhost" in (folder / "log").read_text(), server)
+        yield re.search(r"http://localhost:\d+", (folder / "log").read_text())[0]
+    finally:
+        server.kill()
+        server.wait()
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,8 @@ def test_scalars_are_grouped(address, browser, screenshots):
 
 
 def test_charts_are_grouped_by_question_and_all_have_curves(address, browser, screenshots):
-    questions = ["Is it learning?", "Is there something to learn from?", "Is the policy sound?"]
+    questions = ["Is it learning?", "Is there something to learn from?", "GRPO: is the policy sound?"]
+    questions += ["ES: is the noise of the right size?", "Where does the time go?"]
     text = show(
         browser, address, "custom_scalars", *questions, "held-out accuracy", "Matches (4)", screenshots=screenshots
     )
