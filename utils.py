@@ -424,7 +424,7 @@ def _in_template(tokenizer, chats):
     template = tokenizer.get_chat_template()
     if "strftime_now" in template:  # it writes today's date; a run that is resumed tomorrow must have the same prompts
         template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + template
-    return tokenizer.apply_chat_template(chats, template, add_generation_prompt=True, tokenize=False)
+    return tokenizer.apply_chat_template(chats, chat_template=template, add_generation_prompt=True, tokenize=False)
 
 
 def answer_start(tokenizer):
