@@ -886,7 +886,8 @@ def _states_before(network, ids, completion_mask):
     if 1 - (prompts.numel() + positions.numel()) / ids.numel() < MIN_SPARED:
         return states_of_whole_rows()
     network.base_model(input_ids=prompts.clamp(min=0), past_key_values=cache, use_cache=True)
-    cache.batch_select_indices(prompt_of_row)
+    for layer in cache.layers:  # not by keys[rows], whose gradient is summed in another order each time
+        layer.keys, layer.values = (x.index_select(0, prompt_of_row) for x in (layer.keys, layer.values))
     hidden = network.base_model(
         input_ids=ids.gather(1, positions.clamp(max=ids.shape[1] - 1)),
         attention_mask=torch.cat([in_prompt, torch.ones_like(positions, dtype=torch.bool)], dim=1),

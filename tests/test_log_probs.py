@@ -139,6 +139,23 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+def test_gradient_is_the_same_bit_for_bit_on_two_threads_every_time():
+    model, num_threads = make_model(hidden_size=64), torch.get_num_threads()
+    prompts = random_prompts([40, 40])
+    rows = [[*prompts[i % 2], *rest] for i, rest in enumerate(random_prompts([4] * 32))]  # large enough for threads
+    ids, mask = right_padded(rows, [40] * 32)
+    seen = set()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(20):
+            model.zero_grad()
+            completion_log_probs(model, ids, mask, 1.0)[0].sum().backward()
+            seen.add(utils.fingerprint({name: p.grad for name, p in model.named_parameters()}))
+    finally:
+        torch.set_num_threads(num_threads)
+    assert len(seen) == 1
+
+
 def test_no_tensor_of_tokens_by_vocabulary_exists_forward_or_backward(monkeypatch):
     V, tokens_per_chunk = 5000, 8
     monkeypatch.setattr(utils, "MAX_LOGITS", tokens_per_chunk * V)
