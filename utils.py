@@ -1170,7 +1170,8 @@ class Logger:
     def __init__(self, folder, config, last_step=-1, last_token=-1):
         """folder: where to write; None writes nothing.
 
-        last_step, last_token: what was logged there earlier for later steps, or more tokens, is void
+        last_step, last_token: what was logged there earlier for later steps, or more tokens, is void (but for points
+        of the same thousand tokens, which a resumed run can repeat in `by_tokens`)
         """
         self.file = self.file_by_tokens = None
         if folder is not None:
