@@ -182,7 +182,10 @@ def model_weights(folder):
 
 
 def assert_same_run(folder, other):
-    """Bit for bit: weights, optimizer, counters of the last checkpoint, and every scalar but times, each step once."""
+    """Bit for bit: weights, optimizer, counters of the last checkpoint, and every scalar but times, each step once.
+
+    Accuracy by tokens may have a point twice here: these runs have several evaluations in a thousand tokens.
+    """
     ours, theirs = model_weights(folder), model_weights(other)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -196,9 +199,8 @@ def assert_same_run(folder, other):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
     by_tokens, other_by_tokens = scalars(folder / "by_tokens"), scalars(other / "by_tokens")
-    assert {tag: set(points) for tag, points in by_tokens.items()} == {  # in a short run, many have the same thousand
-        tag: set(points) for tag, points in other_by_tokens.items()
-    }
+    assert by_tokens.keys() == other_by_tokens.keys()
+    assert all(set(by_tokens[tag]) == set(other_by_tokens[tag]) for tag in by_tokens)
     curves, other_curves = scalars(folder), scalars(other)
     assert curves.keys() == other_curves.keys()
     for tag, points in other_curves.items():

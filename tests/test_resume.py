@@ -139,6 +139,19 @@ def test_run_that_dies_between_logging_and_saving_logs_no_step_twice(
     assert_same_run(tmp_path / "run", undisturbed[name_of(script)])
 
 
+def test_accuracy_by_tokens_of_steps_that_were_lost_is_void(tmp_path, script):
+    size = "group_size" if script is SCRIPTS["grpo"] else "population_size"
+    folder = script.train(tmp_path / "run", f"{size}=100", "eval_every=1")
+    undisturbed = scalars(folder / "by_tokens")
+    shutil.rmtree(folder / "checkpoints" / "step_000004")
+    if script is SCRIPTS["es"]:
+        path = folder / "journal.jsonl"
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+    script.train(folder, f"{size}=100", "eval_every=1")
+    by_tokens = scalars(folder / "by_tokens")
+    assert by_tokens == undisturbed and len({step for step, _ in by_tokens["by_tokens/strict_accuracy"]}) == 5
+
+
 def test_saved_config_resumes_the_run_from_the_command_line(tmp_path, script, undisturbed):
     script.train(tmp_path / "run", stop_after=3)
     done = run_script(["--config", str(tmp_path / "run" / "config.yml")], script=f"{script.name}.py")
