@@ -470,7 +470,7 @@ def test_hyperparameters_and_config_are_logged_flat_and_from_the_start(tmp_path)
 
 
 def test_accuracy_is_logged_by_tokens_and_seconds_too(tmp_path):
-    folder = train(tmp_path, "run")
+    folder = train(tmp_path, "run", "eval_size=64")
     curves, by_tokens = scalars(folder), scalars(folder / "by_tokens")
     tokens, seconds = (
         [0, *(value for _, value in curves[f"progress/{name}"])] for name in ("generated_tokens", "seconds")
@@ -478,6 +478,7 @@ def test_accuracy_is_logged_by_tokens_and_seconds_too(tmp_path):
     for name in ("strict_accuracy", "lenient_accuracy"):
         values = [value for _, value in curves[f"eval/{name}"]]
         assert by_tokens[f"by_tokens/{name}"] == [(n // 1000, value) for n, value in zip(tokens, values, strict=True)]
+    assert by_tokens["by_tokens/strict_accuracy"] != by_tokens["by_tokens/lenient_accuracy"]
     events = EventAccumulator(str(folder / "by_tokens"))
     events.Reload()
     assert [e.wall_time for e in events.Scalars("by_tokens/strict_accuracy")] == pytest.approx(seconds, rel=1e-6)
@@ -501,8 +502,10 @@ def test_bar_shows_all_it_has_in_80_columns(num_steps, hours):
 
 def test_output_can_be_followed_in_a_file(tmp_path):
     arguments = [f"log_dir={tmp_path}", "run_name=run", "num_steps=1000", f"model={TINY}"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with open(tmp_path / "out", "w") as out:
-        process = subprocess.Popen([sys.executable, ROOT / "grpo_train.py", *arguments], stdout=out, cwd=ROOT)
+        command = [sys.executable, ROOT / "grpo_train.py", *arguments]
+        process = subprocess.Popen(command, stdout=out, cwd=ROOT, env=environment)
     wait_until(lambda: "held-out" in (tmp_path / "out").read_text(), process)
     process.kill()
     process.wait()
@@ -522,5 +525,6 @@ def test_without_a_terminal_there_is_a_line_now_and_then(capsys, monkeypatch):
     assert not output.err
     bar = ProgressBar(20, 10, is_main=False)  # of another process
     bar.begin()
+    now[0] += 100
     bar.step_done(11, METRICS)
     assert not capsys.readouterr().out
