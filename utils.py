@@ -402,7 +402,7 @@ PLAIN_TEMPLATE = "{system}\n\nUser: {prompt}\n\nAssistant:"  # for base models, 
 def encode_prompts(tokenizer, prompts, system_prompt):
     """Token ids of each prompt as the model is to see it: chat template, system prompt, start of the answer.
 
-    Where a chat template takes no system message, the system prompt stands before the user's.
+    Where a chat template takes no system message, the system prompt stands before the user's. ValueError if it fails.
     """
     if tokenizer.chat_template is None:
         texts = [PLAIN_TEMPLATE.format(system=system_prompt, prompt=prompt).lstrip() for prompt in prompts]
@@ -410,13 +410,15 @@ def encode_prompts(tokenizer, prompts, system_prompt):
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     try:
         texts = _in_template(tokenizer, [[*system, {"role": "user", "content": prompt}] for prompt in prompts])
-        is_shown = system_prompt.strip() in texts[0]
-    except TemplateError:  # raised by the template
+        is_shown = all(system_prompt.strip() in text for text in texts)
+    except ValueError:
+        if not system_prompt:
+            raise
         is_shown = False
     if not is_shown:
-        say_once("the chat template takes no system prompt: it stands before each problem")
         chats = [[{"role": "user", "content": f"{system_prompt}\n\n{prompt}"}] for prompt in prompts]
         texts = _in_template(tokenizer, chats)
+        say_once("the chat template takes no system prompt: it stands before each problem")
     return tokenizer(texts, add_special_tokens=False).input_ids  # the template wrote them
 
 
@@ -424,7 +426,10 @@ def _in_template(tokenizer, chats):
     template = tokenizer.get_chat_template()
     if "strftime_now" in template:  # it writes today's date; a run that is resumed tomorrow must have the same prompts
         template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + template
-    return tokenizer.apply_chat_template(chats, chat_template=template, add_generation_prompt=True, tokenize=False)
+    try:
+        return tokenizer.apply_chat_template(chats, chat_template=template, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise ValueError(f"model: its chat template cannot be used: {error}") from error
 
 
 def answer_start(tokenizer):
@@ -1013,7 +1018,7 @@ def evaluate(model, tokenizer, items, prompts, max_new_tokens, batch_size, accel
 def print_summary(before, after, num_items, training_seconds, total_seconds):
     """Accuracy by `evaluate` before and after training, and what it took.
 
-    training_seconds: of all steps, those before the run was resumed included; total_seconds: since this process began
+    training_seconds: of all steps, those before the run was resumed included; total_seconds: since `main` began
     """
     print(f"\nHeld-out accuracy, greedy, {num_items} problems (95% interval)")
     for name in ("strict", "lenient"):
@@ -1023,7 +1028,7 @@ def print_summary(before, after, num_items, training_seconds, total_seconds):
             f"{share:6.1%} ({low:.1%} to {high:.1%})" for share, (low, high) in zip(shares, intervals, strict=True)
         ]
         print(f"    {name:8}{'  ->  '.join(cells)}")
-    print(f"All steps took {training_seconds:.0f} s; this command, with evaluations, {total_seconds:.0f} s.")
+    print(f"All steps took {training_seconds:.0f} s; this process, with evaluations, {total_seconds:.0f} s.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

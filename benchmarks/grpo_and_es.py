@@ -4,7 +4,8 @@
     python benchmarks/grpo_and_es.py LOGS
 
 Runs each script with its default config over three seeds, ES with both perturbations (gaussian for 40 iterations only),
-one run at a time, evaluating every 5 steps; what LOGS holds already is not run again. Writes results/grpo_and_es.png
+one run at a time, evaluating every 5 steps; a run that LOGS holds already is not made again, so give it a new folder
+after a change. Writes results/grpo_and_es.png
 and results/grpo_and_es.md. Time is that of training, as logged in `progress/seconds`: without start-up and evaluation.
 """
 
@@ -14,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
 import torch
 import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -54,11 +57,12 @@ def curve(folder):
         {event.step: event.value for event in events.Scalars(tag)}
         for tag in ("eval/strict_accuracy", "progress/seconds", "progress/generated_tokens")
     )
+    seconds[0] = tokens[0] = 0.0
     steps = sorted(accuracy)
     return {
         "step": steps,
-        "seconds": [seconds.get(step, 0.0) for step in steps],
-        "tokens": [tokens.get(step, 0.0) for step in steps],
+        "seconds": [seconds[step] for step in steps],
+        "tokens": [tokens[step] for step in steps],
         "accuracy": [accuracy[step] for step in steps],
     }
 
@@ -92,11 +96,7 @@ def table(curves):
 
 
 def draw(curves, path):
-    import matplotlib
-
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
     labels = {"seconds": f"seconds of training, {torch.get_num_threads()} threads", "tokens": "generated tokens"}
     for axis, (key, label) in zip(axes, labels.items(), strict=True):
@@ -123,7 +123,7 @@ def main():
     draw(curves, RESULTS / "grpo_and_es.png")
     text = table(curves)
     about = f"{torch.get_num_threads()} threads of {platform.machine()}, torch {torch.__version__}, "
-    about += f"transformers {transformers.__version__}; median (range) of {len(SEEDS)} seeds"
+    about += f"transformers {transformers.__version__}; median or mean (range) of {len(SEEDS)} seeds, least of all"
     (RESULTS / "grpo_and_es.md").write_text(
         f"# GRPO and ES on the default task\n\n{__doc__.splitlines()[0]}\n\n{text}\n\n{about}\n"
     )

@@ -6,7 +6,8 @@ Counted are, in GiB: weights, with the LoRA adapter, its gradient and AdamW's mo
 point; and the larger of two peaks, which do not occur together:
 
 - generation: keys and values of all rows that are decoded at once, each of `PROMPT_TOKENS` and max_new_tokens; those of
-  one layer once more, repeated for all heads; and three copies of the logits, in fp32
+  one layer once more, repeated for all heads; three copies of the logits, in fp32; and with low-rank noise that of
+  every row, as it is gathered once the first rows have ended
 - update, GRPO: per position the inputs of all layers (with gradient_checkpointing) and what one layer keeps for its
   backward pass, and a chunk of logits; ES: four copies of the largest matrix in fp32, to find how far it has moved
 
@@ -32,8 +33,8 @@ FOR_24_GB = {
     "grpo_math_expr": [],
     "es_gsm8k_low_rank": ["population_batch=8"],
     "es_math_expr_low_rank": ["population_batch=8"],
-    "es_gsm8k_gaussian": ["prompts_per_iteration=100"],
-    "es_math_expr_gaussian": ["prompts_per_iteration=100"],
+    "es_gsm8k_gaussian": [],
+    "es_math_expr_gaussian": [],
 }
 
 
@@ -75,6 +76,7 @@ def gib(recipe, geometry, overrides):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(geometry)
         num_base = sum(parameter.numel() for parameter in model.parameters())
+        noise_size = sum(sum(p.shape) if p.ndim == 2 else p.numel() for p in model.model.layers.parameters())  # rank 1
         largest = max(parameter.numel() for parameter in model.parameters())
         if not is_es:
             model = make_policy(model, config.lora, False)
@@ -85,6 +87,7 @@ def gib(recipe, geometry, overrides):
         members = config.population_batch if config.perturbation == "low_rank" else 1
         rows = min(members, config.population_size) * config.prompts_per_iteration
         update = 4 * 4 * largest
+        noise = 2 * noise_size * config.rank if config.perturbation == "low_rank" else 0
     else:
         num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         weights = num_base * 2 + num_trained * (4 + 4 + 8)
@@ -93,9 +96,10 @@ def gib(recipe, geometry, overrides):
         inputs = 2 * geometry.hidden_size * geometry.num_hidden_layers
         assert config.gradient_checkpointing
         update = config.micro_batch_tokens * (inputs + layer) + 3 * 4 * MAX_LOGITS
+        noise = 0
     repeated = 2 * 2 * geometry.num_attention_heads * head_size
     slots = PROMPT_TOKENS + config.max_new_tokens
-    generation = rows * (slots * (token_bytes + repeated) + 3 * 4 * geometry.vocab_size)
+    generation = rows * (slots * (token_bytes + repeated) + 3 * 4 * geometry.vocab_size + noise)
     return (weights + max(generation, update)) / 2**30
 
 

@@ -205,7 +205,7 @@ def test_gaussian_members_are_halved_too(tmp_path, capsys, small_memory):
     small_memory(script, rows=2)
     capsys.readouterr()
     run = script.train(tmp_path / "run", *overrides)
-    assert "going on with 2 (population_batch is too large)" in capsys.readouterr().out
+    assert "going on with 2 (prompts_per_iteration is too large)" in capsys.readouterr().out
     assert_same_run(run, whole)
 
 

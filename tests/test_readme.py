@@ -47,17 +47,18 @@ def test_your_own_task_runs_as_written_and_is_learned(clone):
     run(train, clone)
     (folder,) = (clone / "grpo_logs").iterdir()
     curve = [accuracy for _, accuracy in scalars(folder)["eval/strict_accuracy"]]
-    assert curve[0] < 0.1 and curve[-1] > 0.15  # with three seeds, 0.25 to 0.68
+    assert curve[0] < 0.1 and curve[-1] > 0.6
 
 
 def test_result_is_loaded_merged_sampled_from_and_trained_on_as_written(clone):
     for name, script in SCRIPTS.items():
         script.train(clone / f"{name}_logs" / "NAME", "model=tiny_model")
     load, sample = blocks("Using the result", "python")
-    output = run(f"python -c {shlex.quote(load + sample)}", clone)
-    assert re.search(r"[\d+*=]", output)  # of the model that is loaded last, ES's
-    merged = load[: load.index('model = AutoModelForCausalLM.from_pretrained("es_logs')]
-    assert re.search(r"[\d+*=]", run(f"python -c {shlex.quote(merged + sample)}", clone))
+    merge, load_es = load.index("model = model.merge"), load.index('model = AutoModelForCausalLM.from_pretrained("es_')
+    es, merged, adapter = (
+        run(f"python -c {shlex.quote(code + sample)}", clone) for code in (load, load[:load_es], load[:merge])
+    )
+    assert merged == adapter and all("<answer>" in output or "<think>" in output for output in (es, merged))
 
     commands = [line.partition("#")[0].strip() for line in blocks("Using the result")[-1].splitlines()]
     assert len(commands) == 4
@@ -87,7 +88,7 @@ def test_every_command_names_files_that_exist():
     assert len(files) > 15
     for name in files:
         assert (ROOT / name).is_file() or "/NAME/" in name or name == "make_problems.py", name
-    for name in re.findall(r"^(\S+)  +", section("Files"), re.MULTILINE):
+    for name in re.findall(r"^([\w./]+)", blocks("Files")[0], re.MULTILINE):
         assert (ROOT / name).exists(), name
     for name in re.findall(r"\]\(((?!http|#)[^)]+)\)", README):
         assert (ROOT / name).exists(), name
@@ -98,3 +99,6 @@ def test_every_key_of_both_configs_is_in_a_table():
     for script in SCRIPTS.values():
         for key in vars(script.config_class()):
             assert re.search(rf"^\|.*`{key}`.*\|", table, re.MULTILINE), key
+    keys = {key for script in SCRIPTS.values() for key in vars(script.config_class())}
+    for cells in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE):
+        assert set(re.findall(r"`(\w+)`", cells)) <= keys, cells

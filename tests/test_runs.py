@@ -342,6 +342,10 @@ def test_system_prompt_goes_to_the_user_where_the_template_takes_none():
     tokenizer.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
     assert tokenizer.decode(encode_prompts(tokenizer, ["2+2"], "Be brief.")[0]) == "Be brief.\n\n2+2"
     assert tokenizer.decode(encode_prompts(tokenizer, ["2+2"], "")[0]) == "2+2"
+    tokenizer.chat_template = "{{ raise_exception('Upgrade the library') }}"
+    for system_prompt in ("Be brief.", ""):
+        with pytest.raises(ValueError, match="^model: its chat template cannot be used: Upgrade the library$"):
+            encode_prompts(tokenizer, ["2+2"], system_prompt)
 
 
 def test_prompts_do_not_change_with_the_date():
@@ -506,9 +510,11 @@ def test_output_can_be_followed_in_a_file(tmp_path):
     with open(tmp_path / "out", "w") as out:
         command = [sys.executable, ROOT / "grpo_train.py", *arguments]
         process = subprocess.Popen(command, stdout=out, cwd=ROOT, env=environment)
-    wait_until(lambda: "held-out" in (tmp_path / "out").read_text(), process)
-    process.kill()
-    process.wait()
+    try:
+        wait_until(lambda: "held-out" in (tmp_path / "out").read_text(), process)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_without_a_terminal_there_is_a_line_now_and_then(capsys, monkeypatch):
