@@ -286,8 +286,10 @@ class JSONLDataset(Dataset):
         self.items = []
         for number, row in read_jsonl(file):
             for key in ("prompt", "answer"):
-                if not isinstance(row.get(key), str) or not row[key].strip():
-                    raise ValueError(f'{file}, line {number}: "{key}" is {row.get(key)!r}, expected text')
+                if key not in row:
+                    raise ValueError(f'{file}, line {number}: "{key}" is missing')
+                if not isinstance(row[key], str) or not row[key].strip():
+                    raise ValueError(f'{file}, line {number}: "{key}" is {row[key]!r}, expected text')
             for key in ("prompts", "completions"):  # what reward functions get besides the columns
                 if key in row:
                     raise ValueError(f'{file}, line {number}: "{key}" cannot be the name of a column')

@@ -116,7 +116,9 @@ def load_config(config_class, path, overrides=()):
         if len(text) > MAX_CONFIG_BYTES:
             raise ValueError(f"longer than {MAX_CONFIG_BYTES:,} bytes, which no config is")
         values = _read_yaml(text.decode("utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
         raise ValueError(f"{path}: {_one_line(error)}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of keys to values, not {type(values).__name__}")
@@ -303,7 +305,7 @@ def seed_libraries(seed, step, process):
 
 def make_accelerator(device, dtype):
     """accelerate's view of devices and processes. device: "auto", "cpu" or "cuda"; dtype "bfloat16" means autocast."""
-    check(device != "cuda" or torch.cuda.is_available(), "device", device, "cpu or auto: no GPU is to be seen here")
+    check(device != "cuda" or torch.cuda.is_available(), "device", device, "cpu or auto: PyTorch finds no GPU here")
     # Without this, processes on a CPU would not find each other, and each would take itself for the only one.
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     return Accelerator(cpu=on_cpu, mixed_precision="bf16" if dtype == "bfloat16" else "no")
@@ -318,6 +320,8 @@ def load_model(name, dtype, device, cache_dir=None):
     that is scored under dropout is not the policy that was sampled. ValueError, in one line, for a name that gives no
     complete model.
     """
+    if "/" not in name and not Path(name).is_dir():  # a misspelled folder; do not look for it in the network
+        raise ValueError(f"model: {name!r}: there is no such folder here, and a name on the hub is owner/model")
     on_gpu = torch.device(device).type == "cuda"
     attention = "flash_attention_2" if on_gpu and dtype == "bfloat16" and is_flash_attn_2_available() else "sdpa"
     try:
@@ -1051,11 +1055,13 @@ def say_once(text):
 
 def print_banner(config, model, accelerator, num_trained, train_set, test_items, step, run):
     """What is about to run. num_trained: parameters; step, run: what one step is, and the whole"""
-    device, num_total = accelerator.device, sum(parameter.numel() for parameter in model.parameters())
+    device, adapter = accelerator.device, {name: p for name, p in model.named_parameters() if "lora_" in name}
+    num_base = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in adapter.values())
+    trained = f"{num_trained:,} trained{' in an adapter' if adapter else ''}"
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     attention = inner_model(model).config._attn_implementation
     lines = {
-        "model": f"{config.model}, {num_total:,} parameters, {num_trained:,} of them trained",
+        "model": f"{config.model}, {num_base:,} parameters, {trained}",
         "device": f"{accelerator.num_processes} x {device_name}, {config.dtype}, {attention} attention",
         "data": f"{config.dataset}, {len(train_set):,} problems, evaluated on {len(test_items):,} held-out ones",
         "step": step,
@@ -1353,7 +1359,8 @@ def open_run_folder(folder, config):
 
 
 def resume_command(folder):
-    return f"python {shlex.quote(sys.argv[0])} --config {shlex.quote(str(folder / 'config.yml'))}"
+    launcher = "  # behind the launcher, as before" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    return f"python {shlex.quote(sys.argv[0])} --config {shlex.quote(str(folder / 'config.yml'))}{launcher}"
 
 
 def write_file(path, data):
@@ -1446,7 +1453,9 @@ def check_same_run(ours, theirs, file):
     for key in ours | theirs:
         a, b = ours.get(key), theirs.get(key)
         if a != b:
-            raise ValueError(f"resume: {file}: {key}: {a!r}, but that run was started with {b!r}")
+            raise ValueError(
+                f"resume: {file}: {key}: {a!r}, but that run was started with {b!r}; another run needs another run_name"
+            )
 
 
 def seal(content):

@@ -209,7 +209,7 @@ def test_jsonl_holds_out_every_tenth_line_or_takes_a_test_file(tmp_path):
     [
         ("{not json}\n", "line 3: Expecting property name"),
         ('["a"]\n', "line 3: expected an object, not list"),
-        ('{"prompt": "p"}\n', 'line 3: "answer" is None, expected text'),
+        ('{"prompt": "p"}\n', 'line 3: "answer" is missing'),
         ('{"prompt": "p", "answer": 7}\n', 'line 3: "answer" is 7, expected text'),
         ('{"prompt": " ", "answer": "7"}\n', "line 3: \"prompt\" is ' ', expected text"),
         ('{"prompt": "p", "answer": "7", "level": 1}\n', "line 3: keys"),

@@ -64,6 +64,7 @@ def test_script_runs_two_steps_saves_an_adapter_and_says_how_to_load_it(tmp_path
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
     assert f'PeftModel.from_pretrained(base, "{tmp_path}/run/model")' in done.stdout
     assert "Held-out accuracy, greedy, 8 problems (95% interval)" in done.stdout
+    assert "tiny_model, 835,712 parameters, 38,912 trained in an adapter\n" in done.stdout
 
     base = AutoModelForCausalLM.from_pretrained(TINY)
     ids = torch.arange(20)[None]
@@ -139,9 +140,11 @@ def test_each_way_of_training_runs_and_logs_finite_numbers(tmp_path, capsys, ove
     assert ("ratios are biased" in capsys.readouterr().out) == ("top_p=0.9" in overrides)
 
 
-def test_training_goes_on_from_a_saved_adapter_and_its_kl_starts_at_zero(tmp_path):
+def test_training_goes_on_from_a_saved_adapter_and_its_kl_starts_at_zero(tmp_path, capsys):
     first = train(tmp_path, "first", "learning_rate=0.01")
     second = train(tmp_path, "second", f"model={first / 'model'}", "kl_weight=0.1")
+    # The frozen second copy of the adapter, from which the KL is measured, is not counted.
+    assert capsys.readouterr().out.count(", 835,712 parameters, 38,912 trained in an adapter\n") == 2
     curves, before = scalars(second), scalars(first)
     assert curves["policy/kl_k3"][0][1] == 0
     assert curves["eval/strict_accuracy"][0][1] == before["eval/strict_accuracy"][-1][1]
@@ -230,13 +233,14 @@ def test_two_processes_take_the_step_of_one_with_hugging_face_datasets_installed
     [
         (["group_size=1"], "error: command line: group_size: 1, expected at least 2: a group of one has no spread"),
         (["learning_rate=fast"], "error: command line: learning_rate: 'fast', expected a number"),
-        (["--config", "nowhere.yml"], "error: nowhere.yml: [Errno 2] No such file or directory: 'nowhere.yml'"),
+        (["--config", "nowhere.yml"], "error: nowhere.yml: No such file or directory"),
         (["dataset=math"], "error: dataset: 'math', expected one of math_expr, gsm8k, or a path that ends in .jsonl"),
         (["rewards={speed: 1}"], "error: rewards: 'speed' is unknown, expected one of accuracy, format, or my_module"),
         (
             ["model=nowhere/at_all"],
             "error: model: 'nowhere/at_all': there is no such folder here, and from the Hugging Face hub: ",
         ),
+        (["model=tinny"], "error: model: 'tinny': there is no such folder here, and a name on the hub is owner/model"),
         (["log_dir=README.md/logs"], "error: log_dir: 'README.md/logs' cannot be made: "),
         (["max_new_tokens=500"], "error: max_new_tokens: 500 after a prompt of "),
         (["model=tests"], "error: model: 'tests': this folder holds no model: it has no config.json"),
