@@ -537,7 +537,7 @@ def main(config, stop_requested=lambda: False):
     )
     progress = ProgressBar(config.num_iterations, num_done, is_main)
     log = say if is_main else lambda text: None
-    memory_key = "population_batch" if config.perturbation == "low_rank" else "prompts_per_iteration"
+    memory_key = "population_batch" if config.population_batch > 1 else "prompts_per_iteration"
     batch_size = HalvingSize(memory_key, config.population_batch * P)
 
     def evaluate_model(state):

@@ -321,7 +321,7 @@ def load_model(name, dtype, device, cache_dir=None):
     complete model.
     """
     if "/" not in name and not Path(name).is_dir():  # a misspelled folder; do not look for it in the network
-        raise ValueError(f"model: {name!r}: there is no such folder here, and a name on the hub is owner/model")
+        raise ValueError(f"model: {name!r}: there is no such folder here; on the hub, owner/model is expected")
     on_gpu = torch.device(device).type == "cuda"
     attention = "flash_attention_2" if on_gpu and dtype == "bfloat16" and is_flash_attn_2_available() else "sdpa"
     try:
@@ -433,7 +433,7 @@ def _in_template(tokenizer, chats):
     try:
         return tokenizer.apply_chat_template(chats, chat_template=template, add_generation_prompt=True, tokenize=False)
     except TemplateError as error:
-        raise ValueError(f"model: its chat template cannot be used: {error}") from error
+        raise ValueError(f"model: its chat template cannot be used: {_one_line(error)}") from None
 
 
 def answer_start(tokenizer):
@@ -1032,7 +1032,7 @@ def print_summary(before, after, num_items, training_seconds, total_seconds):
             f"{share:6.1%} ({low:.1%} to {high:.1%})" for share, (low, high) in zip(shares, intervals, strict=True)
         ]
         print(f"    {name:8}{'  ->  '.join(cells)}")
-    print(f"All steps took {training_seconds:.0f} s; this process, with evaluations, {total_seconds:.0f} s.")
+    print(f"All steps took {training_seconds:.0f} s; from loading the model to here, {total_seconds:.0f} s.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1359,8 +1359,9 @@ def open_run_folder(folder, config):
 
 
 def resume_command(folder):
-    launcher = "  # behind the launcher, as before" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    return f"python {shlex.quote(sys.argv[0])} --config {shlex.quote(str(folder / 'config.yml'))}{launcher}"
+    processes = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
+    launcher = "python" if processes == "1" else f"torchrun --nproc_per_node {processes}"
+    return f"{launcher} {shlex.quote(sys.argv[0])} --config {shlex.quote(str(folder / 'config.yml'))}"
 
 
 def write_file(path, data):

@@ -123,7 +123,7 @@ def main():
     draw(curves, RESULTS / "grpo_and_es.png")
     text = table(curves)
     about = f"{torch.get_num_threads()} threads of {platform.machine()}, torch {torch.__version__}, "
-    about += f"transformers {transformers.__version__}; median or mean (range) of {len(SEEDS)} seeds, least of all"
+    about += f"transformers {transformers.__version__}; over {len(SEEDS)} seeds: median (range), mean (range), minimum"
     (RESULTS / "grpo_and_es.md").write_text(
         f"# GRPO and ES on the default task\n\n{__doc__.splitlines()[0]}\n\n{text}\n\n{about}\n"
     )

@@ -76,7 +76,8 @@ def gib(recipe, geometry, overrides):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(geometry)
         num_base = sum(parameter.numel() for parameter in model.parameters())
-        noise_size = sum(sum(p.shape) if p.ndim == 2 else p.numel() for p in model.model.layers.parameters())  # rank 1
+        noise_size = sum(sum(p.shape) if p.ndim == 2 else p.numel() for p in model.model.layers.parameters())
+        noise_size += geometry.vocab_size  # of the head, which is the embedding; rank 1
         largest = max(parameter.numel() for parameter in model.parameters())
         if not is_es:
             model = make_policy(model, config.lora, False)

@@ -200,7 +200,7 @@ def test_memory_that_runs_out_once_in_whatever_update_changes_nothing(tmp_path, 
 
 
 def test_gaussian_members_are_halved_too(tmp_path, capsys, small_memory):
-    script, overrides = SCRIPTS["es"], ["perturbation=gaussian", "population_batch=6"]
+    script, overrides = SCRIPTS["es"], ["perturbation=gaussian", "population_batch=1"]
     whole = script.train(tmp_path / "whole", *overrides)
     small_memory(script, rows=2)
     capsys.readouterr()

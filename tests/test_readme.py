@@ -58,6 +58,12 @@ def test_result_is_loaded_merged_sampled_from_and_trained_on_as_written(clone):
     es, merged, adapter = (
         run(f"python -c {shlex.quote(code + sample)}", clone) for code in (load, load[:load_es], load[:merge])
     )
+    compare = """
+merged, base = model(ids).logits, AutoModelForCausalLM.from_pretrained("tiny_model")(ids).logits
+assert (merged - adapter).abs().max() < 0.01 * (adapter - base).abs().max()
+"""
+    logits = "\nimport torch\nids = torch.arange(20)[None]\nadapter = model(ids).logits\n"
+    run(f"python -c {shlex.quote(load[:merge] + logits + load[merge:load_es] + compare)}", clone)
     assert merged == adapter and all("<answer>" in output or "<think>" in output for output in (es, merged))
 
     commands = [line.partition("#")[0].strip() for line in blocks("Using the result")[-1].splitlines()]

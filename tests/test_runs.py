@@ -240,7 +240,7 @@ def test_two_processes_take_the_step_of_one_with_hugging_face_datasets_installed
             ["model=nowhere/at_all"],
             "error: model: 'nowhere/at_all': there is no such folder here, and from the Hugging Face hub: ",
         ),
-        (["model=tinny"], "error: model: 'tinny': there is no such folder here, and a name on the hub is owner/model"),
+        (["model=tinny"], "error: model: 'tinny': there is no such folder here; on the hub, owner/model is expected"),
         (["log_dir=README.md/logs"], "error: log_dir: 'README.md/logs' cannot be made: "),
         (["max_new_tokens=500"], "error: max_new_tokens: 500 after a prompt of "),
         (["model=tests"], "error: model: 'tests': this folder holds no model: it has no config.json"),
@@ -255,6 +255,16 @@ def test_bad_input_ends_with_one_line(arguments, line, tmp_path):
     assert line in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.rglob("events*"))
+
+
+def test_chat_template_that_fails_ends_with_one_line(tmp_path):
+    shutil.copytree(TINY, tmp_path / "model")
+    tokenizer = load_tokenizer(TINY)
+    tokenizer.chat_template = "{{ raise_exception('Upgrade the library') }}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    done = run_script([f"model={tmp_path / 'model'}", f"log_dir={tmp_path / 'logs'}"])
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: model: its chat template cannot be used: Upgrade the library"
 
 
 def test_run_name_that_exists_is_named_and_nothing_in_it_touched(tmp_path):
