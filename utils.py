@@ -406,7 +406,8 @@ PLAIN_TEMPLATE = "{system}\n\nUser: {prompt}\n\nAssistant:"  # for base models, 
 def encode_prompts(tokenizer, prompts, system_prompt):
     """Token ids of each prompt as the model is to see it: chat template, system prompt, start of the answer.
 
-    Where a chat template takes no system message, the system prompt stands before the user's. ValueError if it fails.
+    Where a chat template takes no system message, the system prompt stands before the user's. ValueError if the
+    template fails.
     """
     if tokenizer.chat_template is None:
         texts = [PLAIN_TEMPLATE.format(system=system_prompt, prompt=prompt).lstrip() for prompt in prompts]
@@ -1055,9 +1056,9 @@ def say_once(text):
 
 def print_banner(config, model, accelerator, num_trained, train_set, test_items, step, run):
     """What is about to run. num_trained: parameters; step, run: what one step is, and the whole"""
-    device, adapter = accelerator.device, {name: p for name, p in model.named_parameters() if "lora_" in name}
-    num_base = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in adapter.values())
-    trained = f"{num_trained:,} trained{' in an adapter' if adapter else ''}"
+    device, sizes = accelerator.device, {name: parameter.numel() for name, parameter in model.named_parameters()}
+    num_base = sum(size for name, size in sizes.items() if "lora_" not in name)
+    trained = f"{num_trained:,} trained{' in an adapter' if num_base < sum(sizes.values()) else ''}"
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     attention = inner_model(model).config._attn_implementation
     lines = {

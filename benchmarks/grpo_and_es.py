@@ -5,8 +5,8 @@
 
 Runs each script with its default config over three seeds, ES with both perturbations (gaussian for 40 iterations only),
 one run at a time, evaluating every 5 steps; a run that LOGS holds already is not made again, so give it a new folder
-after a change. Writes results/grpo_and_es.png
-and results/grpo_and_es.md. Time is that of training, as logged in `progress/seconds`: without start-up and evaluation.
+after a change. Writes results/grpo_and_es.png and results/grpo_and_es.md. Time is that of training, as logged in
+`progress/seconds`: without start-up and evaluation.
 """
 
 import platform

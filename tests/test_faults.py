@@ -199,13 +199,14 @@ def test_memory_that_runs_out_once_in_whatever_update_changes_nothing(tmp_path, 
     assert theirs["policy/kl_old"][0][1] > 1e-5  # so the ratios of the second update are not 1, and would not be missed
 
 
-def test_gaussian_members_are_halved_too(tmp_path, capsys, small_memory):
-    script, overrides = SCRIPTS["es"], ["perturbation=gaussian", "population_batch=1"]
+@pytest.mark.parametrize(("population_batch", "key"), [(6, "population_batch"), (1, "prompts_per_iteration")])
+def test_gaussian_members_are_halved_too(tmp_path, capsys, small_memory, population_batch, key):
+    script, overrides = SCRIPTS["es"], ["perturbation=gaussian", f"population_batch={population_batch}"]
     whole = script.train(tmp_path / "whole", *overrides)
     small_memory(script, rows=2)
     capsys.readouterr()
     run = script.train(tmp_path / "run", *overrides)
-    assert "going on with 2 (prompts_per_iteration is too large)" in capsys.readouterr().out
+    assert f"going on with 2 ({key} is too large)" in capsys.readouterr().out
     assert_same_run(run, whole)
 
 

@@ -173,7 +173,7 @@ def test_finished_run_is_left_as_it_is_and_a_constant_rate_makes_it_longer(tmp_p
 def test_resuming_with_another_config_names_the_key(tmp_path, script):
     script.train(tmp_path / "run", "lr_schedule=linear", stop_after=2)
     for override, message in {
-        "seed=1": "seed: 1, but that run was started with 0",
+        "seed=1": "seed: 1, but that run was started with 0; another run needs another run_name",
         "learning_rate=0.5": "learning_rate: 0.5, but that run was started with",
         "rewards={accuracy: 1.0}": "rewards: {'accuracy': 1.0}, but that run was started with",
         "dtype=bfloat16": "dtype: 'bfloat16', but that run was started with 'float32'",
