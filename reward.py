@@ -14,6 +14,11 @@ import numbers
 import re
 from fractions import Fraction
 
+
+class UserError(Exception):
+    """An error in what the user gave: the program prints it as one line. Every other exception shows its traceback."""
+
+
 MAX_ANSWER_CHARS = 200  # a longer answer is wrong, unread
 MAX_TEXT_CHARS = 1_000_000  # likewise a longer completion
 MAX_TAIL_CHARS = 1_000  # how far from its end the last number of a text is looked for

@@ -1,0 +1,389 @@
+"""What is sampled and how it is scored: the decode loop, and the log-probs of completions.
+
+    generate               one loop for rollouts, ES populations and evaluation; `sample` draws each token
+    completion_log_probs   log-probs and entropy of completion tokens, with gradients, for GRPO's loss
+A new sampling rule: `sample`, and the same rule in `completion_log_probs`, or the two policies differ. Not here: prompts
+and what completions are worth (utils.py), the loss (grpo_train.py), the noise that forward hooks add (es_train.py).
+
+Letters in shapes: P prompts, G completions per prompt, B = P * G rows, T tokens, V vocabulary, D hidden size.
+"""
+
+import contextlib
+import dataclasses
+import os
+
+import torch
+from peft import PeftModel
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from reward import UserError
+
+
+@dataclasses.dataclass
+class Completions:
+    """Completions of B rows, prompt by prompt: rows p*G to p*G+G-1 belong to prompt p."""
+
+    tokens: torch.Tensor  # (B, max_new_tokens) ids as sampled, padded
+    mask: torch.Tensor  # (B, max_new_tokens) bool: the completion, its end token included, nothing after it
+    log_probs: torch.Tensor  # (B, max_new_tokens) fp32: the sampler's, 0 where the mask is False
+    truncated: torch.Tensor  # (B,) bool: cut at max_new_tokens, without an end token
+
+
+def inner_model(model):
+    """The transformers model inside its PEFT wrapper, if it has one. Adapters are modules in it and stay active."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Key-value cache
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def new_cache(network):
+    """An empty key-value cache, and True if it keeps all positions (a sliding window does not)."""
+    cache = DynamicCache(config=network.config)
+    return cache, all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+@dataclasses.dataclass
+class Cursor:
+    """The cache slot that a decode step writes, and how many slots it reads."""
+
+    slot: torch.Tensor  # (1,), on the device, so that a CUDA graph reads its present value
+    end: int  # more than `slot`
+
+
+class PreallocatedLayer(DynamicLayer):
+    """A cache layer that decodes into a preallocated buffer.
+
+    Prefill works as in DynamicLayer. `batch_repeat_interleave` then allocates the buffer, and every later `update`
+    writes one position at `cursor.slot`. Nothing is concatenated, and a CUDA graph can replay it.
+    """
+
+    def __init__(self, max_new_tokens, cursor):
+        super().__init__()
+        self.max_new_tokens, self.cursor = max_new_tokens, cursor
+
+    def batch_repeat_interleave(self, repeats):
+        self.buffers = []
+        for x in (self.keys, self.values):
+            B, H, T, D = x.shape
+            # Zeros, since masked slots are read before they are written: anything else might be NaN.
+            buffer = x.new_zeros(B * repeats, H, T + self.max_new_tokens, D)
+            buffer[:, :, :T].unflatten(0, (B, repeats)).copy_(x[:, None])
+            self.buffers.append(buffer)
+        self.keys, self.values = (buffer[:, :, :T] for buffer in self.buffers)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not hasattr(self, "buffers"):
+            return super().update(key_states, value_states, *args, **kwargs)
+        for buffer, x in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer.index_copy_(2, self.cursor.slot, x.to(buffer.dtype))  # under autocast, prefill promotes values
+        self.keys, self.values = (buffer[:, :, : self.cursor.end] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        if not hasattr(self, "buffers"):
+            super().batch_select_indices(indices)
+            return
+        B, end = len(indices), self.keys.shape[2]
+        for buffer, x in zip(self.buffers, (self.keys, self.values), strict=True):
+            buffer[:B, :, :end] = x[indices]
+        self.buffers = [buffer[:B] for buffer in self.buffers]
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling and the decode loop
+# ----------------------------------------------------------------------------------------------------------------------
+
+MIN_SHARED = 8  # a shorter beginning of all prompts is not worth a forward pass of its own
+LENGTH_BUCKET = 128  # a captured step reads the cache up to its end rounded up to this many slots
+
+
+def sample(logits, uniforms, temperature):
+    """Draw one token per row by inverting the cumulative distribution at `uniforms`; None takes the likeliest token.
+
+    logits: (B, V), any float dtype; uniforms: (B,) in [0, 1)
+    Returns tokens (B,) and their fp32 log-probs (B,) under softmax(logits / temperature).
+    """
+    probs = (logits.float() / temperature).softmax(-1)
+    if uniforms is None:
+        tokens = logits.argmax(-1, keepdim=True)
+    else:
+        cdf = probs.cumsum(-1)
+        # right=True: the first token whose cdf exceeds the draw, so never one of probability 0. Scaling by the last
+        # entry makes up for the sum's rounding.
+        draws = uniforms[:, None] * cdf[:, -1:]
+        tokens = torch.searchsorted(cdf, draws, right=True).clamp(max=logits.shape[1] - 1)
+    smallest = torch.finfo(probs.dtype).tiny  # rounding of the sum can, very rarely, draw a token of probability 0
+    return tokens[:, 0], probs.gather(-1, tokens)[:, 0].clamp(min=smallest).log()
+
+
+@dataclasses.dataclass
+class DecodeSettings:
+    """What stays the same in all generation of a run. Nothing else shapes the distribution that is sampled."""
+
+    max_new_tokens: int
+    stop_ids: list[int]  # tokens that end a completion; the model's generation_config is not read otherwise
+    pad_id: int
+    temperature: float = 1.0  # of sampling; without `uniforms`, decoding is greedy
+    batch_size: int = 256  # completions decoded at once, but at least those of one prompt, or one block of prompts
+    cuda_graphs: bool = True  # on a GPU, replay decode steps from a CUDA graph
+
+
+@torch.no_grad()
+def generate(
+    model, prompts, settings, num_samples=1, uniforms=None, on_rows=lambda prompt_of_row: None, block_size=None
+):
+    """Complete prompts: `num_samples` completions each, sampled with `uniforms`, or greedily without.
+
+    prompts: P lists of token ids
+    uniforms: (P * num_samples, max_new_tokens) in [0, 1), one number per token. A row's tokens follow from its prompt
+        and its numbers, whichever rows it shares a batch with
+    on_rows: called with the prompt index of each row in the batch, (rows,), whenever the rows change, so that forward
+        hooks can tell rows apart. It needs block_size: how many consecutive prompts the hooks treat alike
+    What all prompts of a block begin with is computed once. Returns Completions on the model's device.
+    """
+    assert num_samples == 1 or uniforms is not None, "greedy completions of one prompt are all the same"
+    device, size = model.device, (len(prompts) * num_samples, settings.max_new_tokens)
+    completions = Completions(
+        tokens=torch.full(size, settings.pad_id, device=device),
+        mask=torch.zeros(size, dtype=torch.bool, device=device),
+        log_probs=torch.zeros(size, device=device),
+        truncated=torch.ones(size[0], dtype=torch.bool, device=device),
+    )
+    uniforms = None if uniforms is None else uniforms.to(device)
+    block = block_size or 1
+    chunk = max(1, settings.batch_size // (num_samples * block)) * block  # whole blocks
+    for first in range(0, len(prompts), chunk):
+        part = range(first, min(first + chunk, len(prompts)))
+        _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, block_size or len(part), completions)
+    return completions
+
+
+def _lay_out(prompts, shared, settings):
+    """Cache slots of each row: the `shared` beginning of all prompts, padding, the rest of its prompt, its completion.
+
+    Returns ids (P, L) of the prompts, L the longest one's length, and attention_mask (P, L + max_new_tokens).
+    """
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), settings.pad_id)
+    attention_mask = torch.ones(len(prompts), longest + settings.max_new_tokens, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        padding = longest - len(prompt)
+        ids[row, :shared] = torch.tensor(prompt[:shared])
+        ids[row, shared + padding :] = torch.tensor(prompt[shared:])
+        attention_mask[row, shared : shared + padding] = False
+    return ids, attention_mask
+
+
+@torch.inference_mode()
+def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, block_size, out):
+    """The decode loop, for the prompts in the range `part`; writes into the Completions `out`."""
+    device, network, P = model.device, inner_model(model), len(part)
+    prompts = prompts[part.start : part.stop]
+    cache, keeps_all = new_cache(network)
+    shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+    if shared < MIN_SHARED or min(block_size, P) == 1 or not keeps_all:
+        shared = 0
+    ids, attention_mask = (x.to(device) for x in _lay_out(prompts, shared, settings))
+    longest = ids.shape[1]
+    positions = (attention_mask[:, :longest].cumsum(-1) - 1).clamp(min=0)
+    cursor = Cursor(torch.full((1,), longest, device=device), longest)
+    if keeps_all:
+        cache.layers = [PreallocatedLayer(settings.max_new_tokens, cursor) for _ in cache.layers]
+
+    def forward(ids, mask, positions, **options):
+        options |= {"past_key_values": cache, "use_cache": True}
+        return model(input_ids=ids, attention_mask=mask, position_ids=positions, **options).logits[:, -1]
+
+    # Prefill the shared beginning once per block, the rest of each prompt once, and repeat the cache for the samples.
+    # logits_to_keep is a tensor, not 1: a slice is not contiguous and turns lm_head into a batched product, far slower.
+    prompt_of_row, last = torch.arange(P, device=device), torch.tensor([-1], device=device)
+    if shared:
+        firsts = prompt_of_row[::block_size]
+        on_rows(part.start + firsts)
+        forward(ids[firsts, :shared], None, positions[firsts, :shared], logits_to_keep=last)
+        cache.batch_select_indices(prompt_of_row // block_size)
+    on_rows(part.start + prompt_of_row)
+    logits = forward(ids[:, shared:], attention_mask[:, :longest], positions[:, shared:], logits_to_keep=last)
+    cache.batch_repeat_interleave(num_samples)
+    logits, position, attention_mask = (
+        x.repeat_interleave(num_samples, 0) for x in (logits, positions[:, -1:], attention_mask)
+    )
+    rows = part.start * num_samples + torch.arange(P * num_samples, device=device)  # those in the batch
+    on_rows(rows // num_samples)
+
+    # Steps change tensors in place and take their place from tensors: a CUDA graph of one step is the next one too.
+    column, slots = (
+        torch.zeros(1, dtype=torch.long, device=device),
+        torch.arange(attention_mask.shape[1], device=device),
+    )
+    stop_ids, newest = torch.tensor(settings.stop_ids, device=device), torch.empty_like(position)
+
+    def append_tokens(logits):
+        noise = None if uniforms is None else uniforms[rows, column]
+        token, log_prob = sample(logits, noise, settings.temperature)
+        running = out.truncated[rows]
+        out.tokens[rows, column] = torch.where(running, token, settings.pad_id)
+        out.log_probs[rows, column] = torch.where(running, log_prob, 0.0)
+        out.mask[rows, column] = running
+        out.truncated[rows] = running & (token[:, None] != stop_ids).all(1)
+        newest.copy_(token[:, None])
+        column.add_(1)
+
+    def step():
+        position.add_(1)
+        visible = attention_mask[:, : cursor.end]
+        if keeps_all:  # the mask the model would make, except that the end may lie beyond the slot
+            visible = (visible & (slots[: cursor.end] <= cursor.slot))[:, None, None]
+        append_tokens(forward(newest, visible, position))
+        cursor.slot.add_(1)
+
+    append_tokens(logits)
+    del logits  # (B, V) is large
+    run_step = GraphedStep(step, enabled=settings.cuda_graphs and keeps_all and device.type == "cuda")
+    with _sdpa_attention(network) if keeps_all else contextlib.nullcontext():
+        for end in range(longest + 1, len(slots)):
+            num_finished = int((~out.truncated[rows]).sum())  # the one wait for the device in a step
+            if num_finished == len(rows):
+                break
+            if num_finished >= (0.5 if run_step.enabled else 0.25) * len(rows):  # each drop costs a new capture
+                keep = out.truncated[rows].nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                rows, newest, position, attention_mask = (x[keep] for x in (rows, newest, position, attention_mask))
+                on_rows(rows // num_samples)
+                run_step.reset()
+            if end > cursor.end:
+                cursor.end = min(end + (LENGTH_BUCKET - 1 if run_step.enabled else 0), len(slots))
+                run_step.reset()
+            run_step()
+
+
+class GraphedStep:
+    """Run a decode step; on a GPU, replay it from a CUDA graph, which spares the launch of every kernel.
+
+    After `reset`, needed when shapes change, the first call runs eagerly, so that hooks and libraries set themselves up.
+    The second call captures the graph and replays it, later ones replay it. Disabled, every call runs eagerly.
+    """
+
+    def __init__(self, step, enabled):
+        self.step, self.enabled = step, enabled
+        self.reset()
+
+    def reset(self):
+        self.num_calls, self.graph = 0, None  # frees the old graph's memory
+
+    def __call__(self):
+        self.num_calls += 1
+        if not self.enabled or self.num_calls == 1:
+            self.step()
+            return
+        if self.graph is None:
+            self.graph = self.capture()
+        self.graph.replay()
+
+    def capture(self):
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.step()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            message = f"cuda_graphs: this model's decode step cannot be captured ({error}); set cuda_graphs: false"
+            raise UserError(" ".join(message.split())) from error
+        return graph
+
+
+@contextlib.contextmanager
+def _sdpa_attention(network):
+    """Use SDPA, which takes masks; flash-attention would gather the unpadded cache anew at every step."""
+    original = network.config._attn_implementation
+    if original != "sdpa":
+        network.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if original != "sdpa":
+            network.set_attn_implementation(original)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Log-probs of completions
+# ----------------------------------------------------------------------------------------------------------------------
+
+MIN_SPARED = 0.1  # prompts are computed separately if that spares this share of all positions
+MAX_LOGITS = 2**25  # logits alive at once in the scoring pass: 128 MiB in fp32, 220 tokens at a vocabulary of 152k
+
+
+def completion_log_probs(model, ids, completion_mask, temperature):
+    """Log-probs of completion tokens under softmax(logits / temperature), and that distribution's entropy, in nats.
+
+    ids: (B, T) prompt and completion side by side, padded on the right
+    completion_mask: (B, T) bool, True at the tokens of each row's completion. Column t is the token at position t,
+        predicted from the tokens before it
+    Returns two fp32 tensors (B, T), 0 outside the mask; the entropy carries no gradient. Only completion tokens pass
+    through lm_head, in chunks that the backward pass recomputes: no (B, T, V) tensor exists at any time.
+    """
+    network = inner_model(model)
+    hidden = _states_before(network, ids, completion_mask)  # (N, D)
+    targets, head = ids[completion_mask], network.get_output_embeddings()  # (N,)
+
+    def score(hidden, targets):
+        logits = head(hidden).float() / temperature  # (n, V)
+        log_normalizer = logits.logsumexp(-1)
+        log_probs = logits.gather(-1, targets[:, None])[:, 0] - log_normalizer
+        with torch.no_grad():
+            entropy = log_normalizer - (logits.softmax(-1) * logits).sum(-1)
+        return log_probs, entropy
+
+    chunk = max(1, MAX_LOGITS // head.weight.shape[0])
+    scored = [
+        checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False)
+        for part in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    ]
+    log_probs, entropy = (torch.cat(parts) for parts in zip(*scored, strict=True))
+    empty = torch.zeros(ids.shape, device=ids.device)
+    return empty.masked_scatter(completion_mask, log_probs), empty.masked_scatter(completion_mask, entropy)
+
+
+def _states_before(network, ids, completion_mask):
+    """The last hidden state at the position before each completion token, (N, D), row by row.
+
+    A prompt, without its last token, is computed once for all rows that have it, where that spares enough positions.
+    Completions attend to its keys and values, and gradients flow back through these. Not with gradient checkpointing,
+    which transformers does only without a cache, and not with sliding windows, which count padding.
+    """
+
+    def states_of_whole_rows():
+        # Causal attention never sees the padding on the right: no mask and no position ids are needed.
+        hidden = network.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
+        return hidden[:, :-1][completion_mask[:, 1:]]
+
+    cache, keeps_all = new_cache(network)
+    checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+    last, lengths = completion_mask.int().argmax(1) - 1, completion_mask.sum(1)  # (B,)
+    L = int(last.max())  # length of the longest prompt without its last token
+    if L == 0 or checkpoints or not keeps_all:
+        return states_of_whole_rows()
+    offsets = torch.arange(int(lengths.max()), device=ids.device)
+    positions = last[:, None] + offsets  # (B, C) from a prompt's last position, which predicts a completion's first
+    in_prompt = torch.arange(L, device=ids.device) < last[:, None]
+    prompts, prompt_of_row = torch.where(in_prompt, ids[:, :L], -1).unique(dim=0, return_inverse=True)  # (P, L)
+    if 1 - (prompts.numel() + positions.numel()) / ids.numel() < MIN_SPARED:
+        return states_of_whole_rows()
+    network.base_model(input_ids=prompts.clamp(min=0), past_key_values=cache, use_cache=True)
+    for layer in cache.layers:  # index_select, not keys[rows], whose backward pass sums in no fixed order
+        layer.keys, layer.values = (x.index_select(0, prompt_of_row) for x in (layer.keys, layer.values))
+    hidden = network.base_model(
+        input_ids=ids.gather(1, positions.clamp(max=ids.shape[1] - 1)),
+        attention_mask=torch.cat([in_prompt, torch.ones_like(positions, dtype=torch.bool)], dim=1),
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state  # (B, C, D)
+    return hidden[offsets < lengths[:, None]]
