@@ -1,34 +1,31 @@
 """Problems to train on: every item is a dict with a "prompt" and the reference "answer", both text.
 
-MathExprDataset  made from a seed: integer expressions to evaluate, products of polynomials to expand
-GSM8KDataset     grade-school word problems, Cobbe et al. 2021, arXiv:2110.14168
-JSONLDataset     your own problems, one JSON object per line
-
-A new dataset is a class here with an entry in DATASETS; its arguments are set by `dataset_args` in the config.
+    MathExprDataset   made from a seed: integer expressions to evaluate, products of polynomials to expand
+    GSM8KDataset      grade-school word problems, Cobbe et al. 2021, arXiv:2110.14168
+    JSONLDataset      your own problems, one JSON object per line
+A new dataset is a class here with an entry in DATASETS; `dataset_args` in the config are its arguments, whose types
+pydantic checks. Not here: how a problem becomes a prompt (utils.py), how an answer is judged (reward.py).
 """
 
-import functools
 import hashlib
-import inspect
+import itertools
 import json
 import random
 import zlib
 from pathlib import Path
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
-from torch.utils.data import Dataset
+from pydantic import Field, PositiveInt, validate_call
+from torch.utils import data
 
-SPLITS = ("train", "test")
+from reward import UserError
 
-
-def _check_split(split):
-    if split not in SPLITS:
-        raise ValueError(f"split: {split!r}, expected one of {', '.join(SPLITS)}")
+Split = Literal["train", "test"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Integer expressions: a leaf is an int, a node is (operator, left, right)
-# ----------------------------------------------------------------------------------------------------------------------
+# --- Integer expressions: a leaf is an int, a node is (operator, left, right) -----------------------------------------
 
 PRECEDENCE = {"+": 1, "-": 1, "*": 2}
 
@@ -73,22 +70,15 @@ def expression_steps(tree, apply=apply_operator):
     return value, [*left_steps, *right_steps, (operator, left, right, value)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Polynomials in x: coefficients by power, lowest first, so that [-1, 2] is 2x-1
-# ----------------------------------------------------------------------------------------------------------------------
+# --- Polynomials in x: coefficients by power, lowest first, so that [-1, 2] is 2x-1 -----------------------------------
 
 
 def multiply(a, b):
-    product = [0] * (len(a) + len(b) - 1)
-    for i, a_i in enumerate(a):
-        for j, b_j in enumerate(b):
-            product[i + j] += a_i * b_j
-    return product
+    return np.convolve(a, b).tolist()
 
 
 def add(a, b):
-    length = max(len(a), len(b))
-    return [x + y for x, y in zip(a + [0] * (length - len(a)), b + [0] * (length - len(b)), strict=True)]
+    return [x + y for x, y in itertools.zip_longest(a, b, fillvalue=0)]
 
 
 def monomial_text(coefficient, power):
@@ -127,21 +117,29 @@ def product_text(left, right, tail):
     return f"{text}+{polynomial_text(tail)}".replace("+-", "-") if tail else text
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Datasets
-# ----------------------------------------------------------------------------------------------------------------------
+# --- Datasets ---------------------------------------------------------------------------------------------------------
 
 
-class MathExprDataset(Dataset):
-    """Arithmetic in two kinds: "evaluate" integer expressions, "expand" products of polynomials and collect like terms.
+class Problems(data.Dataset):
+    """A list of items, which a subclass makes."""
 
-    Items are distinct and follow from the arguments alone. Which split an expression belongs to is decided by a hash
-    of its text, never by the seed, so that train and test are disjoint whatever seeds and sizes they were made with.
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+class MathExprDataset(Problems):
+    """Arithmetic of two kinds: "evaluate" integer expressions, "expand" products of polynomials and collect like terms.
+
+    Items are distinct and follow from the arguments alone. A hash of an expression's text, never the seed, decides its
+    split: train and test are disjoint whatever seeds and sizes they were made with.
 
     split: "train" (nine expressions in ten) or "test"
     size: number of items; by default 4096 to train on and 1024 to test with
     seed: another seed is another sample of the same split
-    kinds: which of "evaluate" and "expand" to draw from, in equal shares
+    kinds: which kinds to draw from, in equal shares
     max_operators: evaluate: 1 to this many of + - *
     max_integer: evaluate: operands are 0 to this
     max_value: evaluate: no intermediate value is larger than this, sign aside
@@ -153,33 +151,21 @@ class MathExprDataset(Dataset):
         "expand": ("Expand {}", "Multiply out {}", "Simplify {}", "Remove the brackets: {}"),
     }
 
+    @validate_call(config={"strict": True})
     def __init__(
         self,
-        split,
-        size=None,
-        seed=0,
-        kinds=("evaluate", "expand"),
-        max_operators=3,
-        max_integer=10,
-        max_value=50,
-        max_coefficient=5,
+        split: Split,
+        size: PositiveInt | None = None,
+        seed: int = 0,
+        kinds: Annotated[list[Literal["evaluate", "expand"]], Field(min_length=1)] = ("evaluate", "expand"),
+        max_operators: PositiveInt = 3,
+        max_integer: PositiveInt = 10,
+        max_value: PositiveInt = 50,
+        max_coefficient: Annotated[int, Field(ge=2)] = 5,
     ):
-        _check_split(split)
-        size = {"train": 4096, "test": 1024}[split] if size is None else size
-        for name, value, low in [
-            ("size", size, 1),
-            ("max_operators", max_operators, 1),
-            ("max_integer", max_integer, 1),
-            ("max_value", max_value, 1),
-            ("max_coefficient", max_coefficient, 2),
-        ]:
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f"{name}: {value!r}, expected an integer of at least {low}")
-        if not isinstance(kinds, (list, tuple)) or not kinds or set(kinds) - set(self.WORDINGS):
-            raise ValueError(f"kinds: {kinds!r}, expected a list of {' and '.join(self.WORDINGS)}")
+        size = size or {"train": 4096, "test": 1024}[split]
         self.split, self.max_operators, self.max_integer = split, max_operators, max_integer
         self.max_value, self.max_coefficient = max_value, max_coefficient
-
         rng, seen, self.items = random.Random(f"{split} {seed}"), set(), []
         for _ in range(100 * size):
             kind = kinds[len(self.items) % len(kinds)]
@@ -189,9 +175,9 @@ class MathExprDataset(Dataset):
                 self.items.append({"prompt": rng.choice(self.WORDINGS[kind]).format(text), "answer": answer})
             if len(self.items) == size:
                 return
-        raise ValueError(
-            f"size: {size}, but only {len(self.items)} distinct {split} problems were found: ask for fewer or raise "
-            "max_operators, max_integer, max_value or max_coefficient"
+        raise UserError(
+            f"dataset_args: size: {size}: only {len(self.items)} distinct {split} problems were found; ask for fewer, "
+            "or raise max_operators, max_integer, max_value or max_coefficient"
         )
 
     def draw(self, rng, kind):
@@ -209,14 +195,8 @@ class MathExprDataset(Dataset):
             return None, None, None
         return text, answer, structure
 
-    def __len__(self):
-        return len(self.items)
 
-    def __getitem__(self, index):
-        return self.items[index]
-
-
-class GSM8KDataset(Dataset):
+class GSM8KDataset(Problems):
     """The 7,473 training or 1,319 test problems of GSM8K; the answer is the number after "####".
 
     path: a folder that holds train.jsonl and test.jsonl as published. Without one they come from the cache, torch.hub's
@@ -229,22 +209,15 @@ class GSM8KDataset(Dataset):
         "test": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
     }
 
-    def __init__(self, split, path=None):
-        _check_split(split)
-        if path is not None:
-            if not isinstance(path, (str, Path)):
-                raise ValueError(f"path: {path!r}, expected the name of a folder")
-            file = Path(path) / f"{split}.jsonl"
-            if not file.is_file():
-                raise FileNotFoundError(f"path: {file} does not exist")
-        else:
-            file = self.download(split)
+    @validate_call(config={"strict": True})
+    def __init__(self, split: Split, path: str | None = None):
+        file = Path(path) / f"{split}.jsonl" if path else self.download(split)
         self.items = []
         for number, row in read_jsonl(file):
             question, (_, marker, answer) = row.get("question"), str(row.get("answer")).rpartition("####")
             if not question or not marker or not answer.strip():
                 expected = 'expected "question" and an "answer" that ends in "#### number"'
-                raise ValueError(f"{file}, line {number}: {expected}")
+                raise UserError(f"{file}, line {number}: {expected}")
             self.items.append({"prompt": question, "answer": answer.strip()})
 
     @classmethod
@@ -257,19 +230,13 @@ class GSM8KDataset(Dataset):
             try:  # into a temporary file, moved into place once the sum is right
                 torch.hub.download_url_to_file(url, str(file), hash_prefix=cls.SHA256[split])
             except (OSError, RuntimeError) as error:
-                raise OSError(f"GSM8K: no download ({error}); put the file from {url} at {file}") from None
+                raise UserError(f"GSM8K: no download ({error}); put the file from {url} at {file}") from None
         if hashlib.sha256(file.read_bytes()).hexdigest() != cls.SHA256[split]:
-            raise OSError(f"GSM8K: {file} is not the published file (its sha256 differs): delete it")
+            raise UserError(f"GSM8K: {file} is not the published file (its sha256 differs): delete it")
         return file
 
-    def __len__(self):
-        return len(self.items)
 
-    def __getitem__(self, index):
-        return self.items[index]
-
-
-class JSONLDataset(Dataset):
+class JSONLDataset(Problems):
     """Your own problems: one JSON object per line with "prompt" and "answer"; further keys go to the reward functions.
 
     path: for split "train" the file itself; for "test" `name.test.jsonl` beside `name.jsonl` when that exists, else
@@ -277,74 +244,57 @@ class JSONLDataset(Dataset):
     """
 
     def __init__(self, path, split):
-        _check_split(split)
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"dataset: {path} does not exist")
-        test_path = path.with_suffix(".test" + path.suffix)
+        test_path = path.with_suffix(f".test{path.suffix}")
         file = test_path if split == "test" and test_path.is_file() else path
         self.items = []
         for number, row in read_jsonl(file):
             for key in ("prompt", "answer"):
-                if key not in row:
-                    raise ValueError(f'{file}, line {number}: "{key}" is missing')
-                if not isinstance(row[key], str) or not row[key].strip():
-                    raise ValueError(f'{file}, line {number}: "{key}" is {row[key]!r}, expected text')
-            for key in ("prompts", "completions"):  # what reward functions get besides the columns
-                if key in row:
-                    raise ValueError(f'{file}, line {number}: "{key}" cannot be the name of a column')
+                if not isinstance(row.get(key), str) or not row[key].strip():
+                    raise UserError(f'{file}, line {number}: "{key}" is {row.get(key)!r}, expected text')
+            if row.keys() & {"prompts", "completions"}:  # what reward functions get besides the columns
+                raise UserError(f"{file}, line {number}: prompts and completions cannot be names of columns")
             if self.items and row.keys() != self.items[0].keys():
-                raise ValueError(f"{file}, line {number}: keys {sorted(row)}, but line 1 has {sorted(self.items[0])}")
+                raise UserError(f"{file}, line {number}: keys {sorted(row)}, but line 1 has {sorted(self.items[0])}")
             self.items.append(row)
         if not test_path.is_file():
             self.items = [item for i, item in enumerate(self.items) if (i % 10 == 9) == (split == "test")]
         if not self.items:
-            raise ValueError(f"{file}: no {split} problems in it; without {test_path.name}, every tenth line is one")
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        return self.items[index]
-
-
-def _distinct(pairs):
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise ValueError(f"a key is there twice, among {', '.join(key for key, _ in pairs)}"[:200])
-    return row
+            raise UserError(f"{file}: no {split} problems in it; without {test_path.name}, every tenth line is one")
 
 
 def read_jsonl(file):
-    """(line number, object) for each line of the file that is not blank; ValueError, naming the line, for a bad one."""
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_distinct)
-                json.dumps(row, ensure_ascii=False).encode()  # JSON can spell halves of characters, which are no text
-            except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested beyond reason
-                raise ValueError(f"{file}, line {number}: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{file}, line {number}: expected an object, not {type(row).__name__}")
-            yield number, row
+    """(line number, object) for each line of the file that is not blank; UserError, naming the line, for a bad one."""
+    if not Path(file).is_file():
+        raise UserError(f"dataset: {file} does not exist")
+    for number, line in enumerate(Path(file).read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+            json.dumps(row, ensure_ascii=False).encode()  # JSON can spell halves of characters, which are no text
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file}, line {number}: {error}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{file}, line {number}: expected an object, not {type(row).__name__}")
+        yield number, row
 
 
 DATASETS = {"math_expr": MathExprDataset, "gsm8k": GSM8KDataset}
 
 
-def load_dataset(name, split, arguments):
-    """The dataset called `name` in DATASETS, or behind a path to .jsonl, made with `arguments` from the config."""
+def make_dataset(name, split, arguments):
+    """The dataset called `name` in DATASETS, or behind a path to .jsonl, made with `arguments` from the config.
+
+    pydantic.ValidationError for arguments that the dataset does not take.
+    """
     if name in DATASETS:
-        make = functools.partial(DATASETS[name], split=split)
-    elif name.endswith(".jsonl"):
-        make = functools.partial(JSONLDataset, path=name, split=split)
-    else:
-        raise ValueError(f"dataset: {name!r}, expected one of {', '.join(DATASETS)}, or a path that ends in .jsonl")
-    known = set(inspect.signature(make.func).parameters) - set(make.keywords)
-    for key in arguments:
-        if key not in known:
-            expected = f"expected one of {', '.join(sorted(known))}" if known else "and there are none to set"
-            raise ValueError(f"dataset_args: {key!r} is no argument of the dataset {name}, {expected}")
-    return make(**arguments)
+        return DATASETS[name](split=split, **arguments)
+    if name.endswith(".jsonl"):
+        return JSONLDataset(name, split)
+    raise UserError(f"dataset: {name!r}: expected one of {', '.join(DATASETS)}, or a path that ends in .jsonl")
+
+
+def __getattr__(name):
+    """Explain the clash to code that expected Hugging Face's `datasets`, whose name this module has."""
+    raise AttributeError(f"{__file__} has no {name}: from this folder, Hugging Face datasets cannot be imported")

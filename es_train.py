@@ -28,8 +28,9 @@ Departures from the papers:
     python es_train.py perturbation=gaussian antithetic=true
     accelerate launch --num_processes 2 es_train.py      (on a CPU: torchrun --nproc_per_node 2 es_train.py)
 
-Where to change what: the fitness, `z_scores`; the noise, `noise_shapes` and `weighted_noise`, and in the forward pass
-`Population`; the update, `update_master`. Not here: decoding (generation.py), rewards (reward.py), bookkeeping (runs.py).
+Where to change what: the fitness, `z_scores`; the noise, `noise_shapes`, `weighted_noise` and, in the forward pass,
+`Population`; the update, `update_master`; the order of things, `train`. Not here: decoding (generation.py), rewards
+(reward.py), logs and checkpoints (runs.py).
 
 Letters in shapes: N members, M of them in a batch, K noises (N, or N / 2 in antithetic pairs), P prompts, r rank.
 """
@@ -42,29 +43,16 @@ from peft import PeftModel
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import nn
 
+import utils
 from generation import generate
 from reward import UserError
 from runs import Run, run_identity
-from utils import (
-    RunConfig,
-    draw_problems,
-    evaluate,
-    gather_scores,
-    load_model,
-    non_finite,
-    run_from_command_line,
-    save_model,
-    schedule_factor,
-    score_completions,
-    seeded_generator,
-    set_up,
-    share,
-)
+from utils import draw_problems, gather_scores, non_finite, schedule_factor, score_completions, share
 
 # --- Config: es_config.yml says what each key means -------------------------------------------------------------------
 
 
-class ESConfig(RunConfig):
+class ESConfig(utils.RunConfig):
     # Population
     num_iterations: PositiveInt = 60
     prompts_per_iteration: PositiveInt = 16
@@ -129,7 +117,7 @@ def noise_shapes(parameters, perturbation, rank):
 
 def noise_generators(seed, iteration, noises, num_noises, device):
     """The streams that some of an iteration's K noises, by their numbers, are drawn from, parameter after parameter."""
-    return [seeded_generator(seed, "noise", iteration * num_noises + noise, device) for noise in noises]
+    return [utils.seeded_generator(seed, "noise", iteration * num_noises + noise, device) for noise in noises]
 
 
 def draw(shape, generator):
@@ -169,19 +157,6 @@ def displacement(parameters, master, theta_0):
         products += torch.stack([intended.square().sum(), (intended * realised).sum()])
     square, product = products.tolist()
     return math.sqrt(square), product / square if square > 0 else 1.0
-
-
-def noise_scale_warning(base, rewards, tie_rate):
-    """What is wrong with the noise scale by the members' rewards (N,) beside that of the model as it is, or None."""
-    mean = float(rewards.mean())
-    if base - mean > 0.5 * abs(base):
-        return f"noise_scale is too large: noise takes the mean reward from {base:.3f} to {mean:.3f}, a collapse"
-    if tie_rate > 0.5:
-        return (
-            f"noise_scale is too small, or the reward too rare: {tie_rate:.0%} of all pairs of members have the same "
-            "reward, which says little about their noise"
-        )
-    return None
 
 
 # --- The population ---------------------------------------------------------------------------------------------------
@@ -337,7 +312,7 @@ def update(master, shapes, step, z, learning_rate, config):
 
 def save_progress(path, setup, master):
     """Write a checkpoint's files: the master weights as a Hugging Face folder."""
-    save_model(setup.model, setup.tokenizer, path / "model", master)
+    utils.save_model(setup.model, setup.tokenizer, path / "model", master)
 
 
 @torch.no_grad()
@@ -345,9 +320,7 @@ def load_progress(path, states, setup, master, shapes, config):
     """Restore what `save_progress` wrote, or without a `path` start from the base model; then repeat the updates of
     `states`, the journal's lines after it: the same weights, bit for bit."""
     if path:
-        saved = dict(load_model(str(path / "model"), "float32", "cpu").named_parameters())
-        for name, weight in master.items():
-            weight.copy_(saved[name])
+        utils.load_weights(path / "model", master)
     for state in states:
         update(master, shapes, state["step"] - 1, state["z"], state["learning_rate"], config)
     write_weights(setup.model, master)
@@ -410,7 +383,7 @@ def train(config, setup, run, master, shapes, theta_0):
 
 def main(config):
     N, P = config.population_size, config.prompts_per_iteration
-    setup = set_up(config, config.dtype, batch_size=config.population_batch * P)
+    setup = utils.set_up(config, config.dtype, batch_size=config.population_batch * P)
     if isinstance(setup.model, PeftModel):
         setup.model = setup.model.merge_and_unload()
     model = setup.model.requires_grad_(False)
@@ -420,21 +393,20 @@ def main(config):
     master = {name: parameter.float().clone() for name, parameter in parameters.items()}
     theta_0 = {name: parameter.clone() for name, parameter in parameters.items()}
     shapes = noise_shapes(parameters, config.perturbation, config.rank)
-    with Run(
+    run = Run(
         config,
         setup,
         run_identity(config, setup),
         config.num_iterations,
         step_text=f"{N} members x {P} prompts = {N * P:,} completions, {config.perturbation} noise",
         weights=master,
-        evaluate=lambda: evaluate(setup),
+        evaluate=lambda: utils.evaluate(setup),
         save=lambda path: save_progress(path, setup, master),
         load=lambda path, states: load_progress(path, states, setup, master, shapes, config),
         journal=True,
-    ) as run:
-        train(config, setup, run, master, shapes, theta_0)
+    )
+    train(config, setup, run, master, shapes, theta_0)
 
 
 if __name__ == "__main__":
-    memory_keys = "population_batch, prompts_per_iteration or max_new_tokens, or set dtype: bfloat16"
-    run_from_command_line(main, ESConfig, "es_config.yml", memory_keys)
+    utils.run_from_command_line(main, ESConfig, "es_config.yml")

@@ -1,14 +1,13 @@
 """What is sampled and how it is scored: the decode loop, and the log-probs of completions.
 
-    generate               one loop for rollouts, ES populations and evaluation; `sample` draws each token
+    generate               one decode loop for rollouts, ES populations and evaluation; `sample` draws the tokens
     completion_log_probs   log-probs and entropy of completion tokens, with gradients, for GRPO's loss
-A new sampling rule: `sample`, and the same rule in `completion_log_probs`, or the two policies differ. Not here: prompts
-and what completions are worth (utils.py), the loss (grpo_train.py), the noise that forward hooks add (es_train.py).
+A new sampling rule: `sample`, and the same rule in `completion_log_probs`, or the two policies differ. Not here:
+prompts and what completions are worth (utils.py), GRPO's loss, the noise that ES adds by forward hooks.
 
 Letters in shapes: P prompts, G completions per prompt, B = P * G rows, T tokens, V vocabulary, D hidden size.
 """
 
-import contextlib
 import dataclasses
 import os
 
@@ -17,8 +16,6 @@ from peft import PeftModel
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-
-from reward import UserError
 
 
 @dataclasses.dataclass
@@ -36,9 +33,7 @@ def inner_model(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Key-value cache
-# ----------------------------------------------------------------------------------------------------------------------
+# --- Key-value cache --------------------------------------------------------------------------------------------------
 
 
 def new_cache(network):
@@ -95,9 +90,7 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sampling and the decode loop
-# ----------------------------------------------------------------------------------------------------------------------
+# --- Sampling and the decode loop -------------------------------------------------------------------------------------
 
 MIN_SHARED = 8  # a shorter beginning of all prompts is not worth a forward pass of its own
 LENGTH_BUCKET = 128  # a captured step reads the cache up to its end rounded up to this many slots
@@ -246,28 +239,27 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
     append_tokens(logits)
     del logits  # (B, V) is large
     run_step = GraphedStep(step, enabled=settings.cuda_graphs and keeps_all and device.type == "cuda")
-    with _sdpa_attention(network) if keeps_all else contextlib.nullcontext():
-        for end in range(longest + 1, len(slots)):
-            num_finished = int((~out.truncated[rows]).sum())  # the one wait for the device in a step
-            if num_finished == len(rows):
-                break
-            if num_finished >= (0.5 if run_step.enabled else 0.25) * len(rows):  # each drop costs a new capture
-                keep = out.truncated[rows].nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                rows, newest, position, attention_mask = (x[keep] for x in (rows, newest, position, attention_mask))
-                on_rows(rows // num_samples)
-                run_step.reset()
-            if end > cursor.end:
-                cursor.end = min(end + (LENGTH_BUCKET - 1 if run_step.enabled else 0), len(slots))
-                run_step.reset()
-            run_step()
+    for end in range(longest + 1, len(slots)):
+        num_finished = int((~out.truncated[rows]).sum())  # the one wait for the device in a step
+        if num_finished == len(rows):
+            break
+        if num_finished >= (0.5 if run_step.enabled else 0.25) * len(rows):  # each drop costs a new capture
+            keep = out.truncated[rows].nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            rows, newest, position, attention_mask = (x[keep] for x in (rows, newest, position, attention_mask))
+            on_rows(rows // num_samples)
+            run_step.reset()
+        if end > cursor.end:
+            cursor.end = min(end + (LENGTH_BUCKET - 1 if run_step.enabled else 0), len(slots))
+            run_step.reset()
+        run_step()
 
 
 class GraphedStep:
     """Run a decode step; on a GPU, replay it from a CUDA graph, which spares the launch of every kernel.
 
-    After `reset`, needed when shapes change, the first call runs eagerly, so that hooks and libraries set themselves up.
-    The second call captures the graph and replays it, later ones replay it. Disabled, every call runs eagerly.
+    After `reset`, needed when shapes change, the first call runs eagerly, so that hooks and libraries can set up. The
+    second call captures a graph. If it is not `enabled`, every call runs eagerly.
     """
 
     def __init__(self, step, enabled):
@@ -275,46 +267,25 @@ class GraphedStep:
         self.reset()
 
     def reset(self):
-        self.num_calls, self.graph = 0, None  # frees the old graph's memory
+        self.is_first, self.graph = True, None  # frees the old graph's memory
 
     def __call__(self):
-        self.num_calls += 1
-        if not self.enabled or self.num_calls == 1:
+        if not self.enabled or self.is_first:
+            self.is_first = False
             self.step()
             return
         if self.graph is None:
-            self.graph = self.capture()
+            self.graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                    self.step()
+            except RuntimeError as error:
+                error.add_note("The decode step of this model cannot be captured: set cuda_graphs: false")
+                raise
         self.graph.replay()
 
-    def capture(self):
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.step()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            message = f"cuda_graphs: this model's decode step cannot be captured ({error}); set cuda_graphs: false"
-            raise UserError(" ".join(message.split())) from error
-        return graph
 
-
-@contextlib.contextmanager
-def _sdpa_attention(network):
-    """Use SDPA, which takes masks; flash-attention would gather the unpadded cache anew at every step."""
-    original = network.config._attn_implementation
-    if original != "sdpa":
-        network.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        if original != "sdpa":
-            network.set_attn_implementation(original)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Log-probs of completions
-# ----------------------------------------------------------------------------------------------------------------------
+# --- Log-probs of completions -----------------------------------------------------------------------------------------
 
 MIN_SPARED = 0.1  # prompts are computed separately if that spares this share of all positions
 MAX_LOGITS = 2**25  # logits alive at once in the scoring pass: 128 MiB in fp32, 220 tokens at a vocabulary of 152k

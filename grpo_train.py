@@ -39,36 +39,19 @@ from typing import Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+import utils
 from generation import completion_log_probs, generate, inner_model
 from reward import UserError
 from runs import Run, run_identity
-from utils import (
-    Config,
-    RunConfig,
-    check_chunked_head,
-    draw_problems,
-    evaluate,
-    gather_scores,
-    load_model,
-    non_finite,
-    run_from_command_line,
-    save_model,
-    schedule_factor,
-    score_completions,
-    seeded_generator,
-    set_up,
-    share,
-    sum_gradients,
-    summarize,
-)
+from utils import draw_problems, gather_scores, non_finite, schedule_factor, score_completions, share
 
 # --- Config: grpo_config.yml says what each key means -----------------------------------------------------------------
 
 
-class LoRA(Config):
+class LoRA(utils.Config):
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32.0
     target_modules: list[str] = Field(
@@ -76,7 +59,7 @@ class LoRA(Config):
     )
 
 
-class GRPOConfig(RunConfig):
+class GRPOConfig(utils.RunConfig):
     lora: LoRA | None = LoRA()
     gradient_checkpointing: bool = False
     # Rollout
@@ -347,7 +330,7 @@ def update(policy, optimizer, micro_batches, config, frozen_copy, accelerator, v
         losses += torch.stack([loss.detach(), kl_term])
         for name, value in batch_values.items():
             values[name].append(value)
-    sum_gradients(parameters, accelerator)
+    utils.sum_gradients(parameters, accelerator)
     losses = accelerator.reduce(losses)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
     is_finite = math.isfinite(grad_norm) and losses.isfinite().all()
@@ -361,16 +344,10 @@ def update(policy, optimizer, micro_batches, config, frozen_copy, accelerator, v
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def save_progress(path, setup, optimizer, weights):
+def save_progress(path, setup, optimizer):
     """Write a checkpoint's files: the trained weights as a Hugging Face folder, and AdamW's moments."""
-    save_model(setup.model, setup.tokenizer, path / "model")
-    state = optimizer.state_dict()["state"].values()  # of all parameters, or of none before the first update
-    moments = {
-        f"{name}.{key}": value
-        for name, values in zip(weights if state else [], state, strict=True)
-        for key, value in values.items()
-    }
-    save_file(moments, path / "optimizer.safetensors")
+    utils.save_model(setup.model, setup.tokenizer, path / "model")
+    torch.save(optimizer.state_dict(), path / "optimizer.pt")
 
 
 def load_progress(path, setup, optimizer, weights):
@@ -378,15 +355,8 @@ def load_progress(path, setup, optimizer, weights):
     if isinstance(setup.model, PeftModel):
         set_peft_model_state_dict(setup.model, load_file(path / "model" / "adapter_model.safetensors"), "default")
     else:
-        saved = dict(load_model(str(path / "model"), "float32", "cpu").named_parameters())
-        for name, parameter in weights.items():
-            parameter.data.copy_(saved[name])
-    moments = load_file(path / "optimizer.safetensors")
-    state = {
-        i: {key: moments[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        for i, name in enumerate(weights if moments else [])
-    }
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        utils.load_weights(path / "model", weights)
+    optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
@@ -401,7 +371,9 @@ def train(config, setup, run, optimizer, frozen_copy=None):
         # 1. Sample P prompts and, from the current policy, G completions of each.
         with run.phase("rollout"):
             problems = draw_problems(setup.train_set, step, P, config.seed)[mine]
-            uniforms = torch.rand(P, G, config.max_new_tokens, generator=seeded_generator(config.seed, "rollout", step))
+            uniforms = torch.rand(
+                P, G, config.max_new_tokens, generator=utils.seeded_generator(config.seed, "rollout", step)
+            )
             completions = rollout(policy, problems, uniforms[mine], setup.settings, accelerator)
 
         # 2. Score every completion. From here on, each process has the scores of all P * G.
@@ -444,7 +416,7 @@ def train(config, setup, run, optimizer, frozen_copy=None):
                     break
 
         # 5. Log.
-        tokens = summarize(values, accelerator)  # {name: (mean, min, max)}
+        tokens = utils.summarize(values, accelerator)  # {name: (mean, min, max)}
         metrics = {
             "reward/group_std": rewards.std(dim=1).mean(),
             "reward/equal_groups": (rewards.amax(1) == rewards.amin(1)).float().mean(),
@@ -463,14 +435,14 @@ def train(config, setup, run, optimizer, frozen_copy=None):
 def main(config):
     # Trained weights are fp32, whatever the rest is computed in: bf16 would round most updates away.
     weights_dtype = "float32" if config.lora is None else config.dtype
-    setup = set_up(
+    setup = utils.set_up(
         config,
         weights_dtype,
         autocast=config.dtype == "bfloat16",
         temperature=config.temperature,
         batch_size=config.generation_batch_size,
     )
-    check_chunked_head(setup.model)
+    utils.check_chunked_head(setup.model)
     identity = run_identity(config, setup)
     setup.model = policy = make_policy(setup.model, config.lora, config.gradient_checkpointing)
     weights = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
@@ -482,9 +454,9 @@ def main(config):
 
     def evaluate_policy():
         with merged_adapter(policy):
-            return evaluate(setup)
+            return utils.evaluate(setup)
 
-    with Run(
+    run = Run(
         config,
         setup,
         identity,
@@ -492,12 +464,11 @@ def main(config):
         step_text=f"{config.prompts_per_step} prompts x {config.group_size} completions",
         weights=weights,
         evaluate=evaluate_policy,
-        save=lambda path: save_progress(path, setup, optimizer, weights),
+        save=lambda path: save_progress(path, setup, optimizer),
         load=lambda path, _: load_progress(path, setup, optimizer, weights),
-    ) as run:
-        train(config, setup, run, optimizer, frozen_copy)
+    )
+    train(config, setup, run, optimizer, frozen_copy)
 
 
 if __name__ == "__main__":
-    memory_keys = "max_new_tokens, micro_batch_tokens or generation_batch_size, or set gradient_checkpointing: true, or dtype: bfloat16"
-    run_from_command_line(main, GRPOConfig, "grpo_config.yml", memory_keys)
+    utils.run_from_command_line(main, GRPOConfig, "grpo_config.yml")

@@ -25,9 +25,7 @@ MAX_TAIL_CHARS = 1_000  # how far from its end the last number of a text is look
 MAX_POWER = 1_000
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Extraction
-# ----------------------------------------------------------------------------------------------------------------------
+# --- Extraction -------------------------------------------------------------------------------------------------------
 
 
 def strict_answer(text):
@@ -70,9 +68,7 @@ def lenient_answer(text):
     return numbers[-1] if numbers else None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Exact values
-# ----------------------------------------------------------------------------------------------------------------------
+# --- Exact values -----------------------------------------------------------------------------------------------------
 
 # An optional sign, coefficient and power of x. Quantified groups start with characters that cannot end what stands
 # before them, so matching is linear in the length.
@@ -140,9 +136,7 @@ def lenient_correct(text, reference):
     return strict_correct(text, reference) or same_answer(lenient_answer(text), reference)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reward functions
-# ----------------------------------------------------------------------------------------------------------------------
+# --- Reward functions -------------------------------------------------------------------------------------------------
 
 
 def accuracy_reward(completions, answer, **columns):
@@ -159,24 +153,21 @@ REWARDS = {"accuracy": accuracy_reward, "format": format_reward}
 
 
 def find_reward(name):
-    """The function behind a name in REWARDS or behind "my_module:my_function"; ValueError if there is none."""
+    """The function behind a name in REWARDS or behind "my_module:my_function". A module that fails on import raises."""
     if name in REWARDS:
         return REWARDS[name]
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
-        known = ", ".join(REWARDS)
-        raise ValueError(f"rewards: {name!r} is unknown, expected one of {known}, or my_module:my_function")
+        raise UserError(f"rewards: {name!r}: expected one of {', '.join(REWARDS)}, or my_module:my_function")
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):  # the module is there and lacks something itself
             raise
-        raise ValueError(f"rewards: {name!r}: there is no module {error.name} on the path") from None
-    except AttributeError:
-        raise ValueError(f"rewards: {name!r}: {module_name} has no {function_name}") from None
-    if not callable(function):
-        raise ValueError(f"rewards: {name!r} is no function")
-    return function
+        raise UserError(f"rewards: {name!r}: there is no module {error.name} on the path") from None
+    if not callable(getattr(module, function_name, None)):
+        raise UserError(f"rewards: {name!r}: {module_name} has no function {function_name}")
+    return getattr(module, function_name)
 
 
 def score(weights, completions, items):
@@ -184,33 +175,31 @@ def score(weights, completions, items):
 
     weights: {name: weight}; completions: B texts; items: B dataset items, the one that each completion answers
     Returns B dicts: "reward" is the weighted sum, "reward/<name>" each function's own, unweighted; "accuracy/strict"
-    and "accuracy/lenient" are there whatever is rewarded. ValueError, naming the function, if one raises or returns
-    anything but B numbers; what is to happen if one of them is not finite is for the caller to say.
+    and "accuracy/lenient" are there whatever is rewarded. Values need not be finite.
     """
     columns = {key: [item[key] for item in items] for key in items[0] if key != "prompt"}
-    prompts = [item["prompt"] for item in items]
-    scores = [
-        {
-            "accuracy/strict": float(strict_correct(text, item["answer"])),
-            "accuracy/lenient": float(lenient_correct(text, item["answer"])),
-        }
-        for text, item in zip(completions, items, strict=True)
-    ]
+    columns |= {"prompts": [item["prompt"] for item in items], "completions": completions}
+    scores = {
+        "accuracy/strict": list(map(strict_correct, completions, columns["answer"])),
+        "accuracy/lenient": list(map(lenient_correct, completions, columns["answer"])),
+    }
     for name in weights:
-        try:
-            values = find_reward(name)(prompts=prompts, completions=completions, **columns)
-        except Exception as error:
-            raise ValueError(f"rewards: {name} raised {type(error).__name__}: {error}") from error
+        values = scores[f"reward/{name}"] = find_reward(name)(**columns)
         if not isinstance(values, (list, tuple)) or len(values) != len(completions):
-            got = f"{len(values)} items" if isinstance(values, (list, tuple)) else type(values).__name__
-            raise ValueError(f"rewards: {name} returned {got}, expected a list of {len(completions)} numbers")
-        for row, text, value in zip(scores, completions, values, strict=True):
-            try:
-                row[f"reward/{name}"] = float(value) if isinstance(value, numbers.Real) else None
-            except OverflowError:  # an integer beyond all floats
-                row[f"reward/{name}"] = math.inf
-            if row[f"reward/{name}"] is None:
-                raise ValueError(f"rewards: {name} returned {value!r}, no number, for {text[:80]!r}")
-    for row in scores:  # last, so that of what is not finite its component comes first
+            raise UserError(
+                f"rewards: {name} returned {str(values)[:100]}, expected a list of {len(completions)} numbers"
+            )
+        for text, value in zip(completions, values, strict=True):
+            if not isinstance(value, numbers.Real):
+                raise UserError(f"rewards: {name} returned {value!r}, no number, for {text[:80]!r}")
+    rows = [dict(zip(scores, map(as_float, row), strict=True)) for row in zip(*scores.values(), strict=True)]
+    for row in rows:
         row["reward"] = sum(weight * row[f"reward/{name}"] for name, weight in weights.items())
-    return scores
+    return rows
+
+
+def as_float(number):
+    try:
+        return float(number)
+    except OverflowError:  # an integer beyond all floats
+        return math.inf

@@ -1,10 +1,10 @@
 """What both scripts share, besides generation and the bookkeeping of a run.
 
-    config and command line    Config, load_config, run_from_command_line
+    config and command line    RunConfig, load_config, run_from_command_line
     set-up                     set_up: model, tokenizer, problems with their prompts
     scores and evaluation      score_completions, evaluate
     several processes          share, gather_scores, sum_gradients, summarize: all that a loop needs to know of them
-A new way to write prompts: `encode_prompts`. A new metric of completions: `score_completions`. Not here: the decode loop
+Another prompt: `encode_prompts`. Another metric of completions: `score_completions`. Not here: the decode loop
 (generation.py), folders, checkpoints and logs (runs.py), rewards (reward.py), either algorithm.
 """
 
@@ -35,9 +35,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, Valid
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import is_flash_attn_2_available
 
-from datasets import load_dataset
+from datasets import make_dataset
 from generation import DecodeSettings, generate, inner_model
 from reward import UserError, find_reward, lenient_correct, score, strict_correct
 
@@ -45,9 +44,7 @@ from reward import UserError, find_reward, lenient_correct, score, strict_correc
 transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Config and command line
-# ----------------------------------------------------------------------------------------------------------------------
+# --- Config and command line ------------------------------------------------------------------------------------------
 
 
 class Config(BaseModel):
@@ -84,18 +81,11 @@ class RunConfig(Config):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-5 is a number, not text, and a repeated key is an error, not the last one's value."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"{key} is set twice")
-        return super().construct_mapping(node, deep)
+    """YAML in which 1e-5 is a number."""
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
 )
 
 
@@ -109,29 +99,21 @@ def load_config(config_class, path, overrides=()):
     Keys that are missing take their defaults. UserError, in one line with file, key, value and expectation.
     """
 
-    def read(text, source):
-        try:
-            return yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            raise UserError(f"{source}: {one_line(error)}") from None
-
+    source = path
     try:
-        values = read(Path(path).read_text("utf-8-sig"), path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {one_line(error)}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a mapping of keys to values, not {type(values).__name__}")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        *parents, last = key.split(".")
-        target = values
-        for parent in parents:
-            target = target.setdefault(parent, {})
-            if not isinstance(target, dict):
-                raise UserError(f"command line: {override}: {parent} is {target!r}, not a mapping")
-        if not equals:
-            raise UserError(f"command line: {override!r}: expected key=value")
-        target[last] = read(text, f"command line: {override}")
+        values = yaml.load(Path(path).read_text("utf-8-sig"), _Loader) or {}
+        for override in overrides:
+            source = f"command line: {override}"
+            key, _, text = override.partition("=")
+            *parents, last = key.split(".")
+            target = values
+            for parent in parents:
+                target = target.setdefault(parent, {})
+            target[last] = yaml.load(text, _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{source}: {one_line(error)}") from None
+    except (AttributeError, TypeError):  # not a mapping
+        raise UserError(f"{source}: expected keys with values") from None
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
@@ -153,11 +135,9 @@ def _describe(error, config_class):
     return f"{'.'.join(map(str, error['loc']))}: {str(error['input'])[:100]}: {message}"
 
 
-def run_from_command_line(main, config_class, default_path, memory_keys):
-    """Call `main(config)` with the config of the command line; a UserError ends the program with one line.
-
-    memory_keys: which keys to change when the GPU's memory runs out. Every other exception keeps its traceback.
-    """
+def run_from_command_line(main, config_class, default_path):
+    """Call `main(config)` with the config of the command line. A UserError, a full disk or too little memory on the
+    GPU ends the program with one line; every other exception keeps its traceback."""
     parser = argparse.ArgumentParser(description=(sys.modules["__main__"].__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", default=default_path, help="YAML file (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys to set differently, e.g. seed=1")
@@ -169,7 +149,11 @@ def run_from_command_line(main, config_class, default_path, memory_keys):
     except UserError as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"error: out of GPU memory: lower {memory_keys} ({one_line(error)})")
+        sys.exit(f"error: out of GPU memory: lower max_new_tokens or the keys of Memory and speed ({one_line(error)})")
+    except Exception as error:  # libraries report a full disk in exceptions of several kinds
+        if not re.search("No space left on device|Disk quota exceeded|File too large", str(error)):
+            raise
+        sys.exit(f"error: the disk is full: {one_line(error)}; what was saved before is intact")
 
 
 @functools.cache
@@ -179,9 +163,7 @@ def say_once(text):
         tqdm.write(text)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Set-up: seeds, model, tokenizer, problems
-# ----------------------------------------------------------------------------------------------------------------------
+# --- Set-up: seeds, model, tokenizer, problems ------------------------------------------------------------------------
 
 
 def seeded_generator(seed, stream, index=0, device="cpu"):
@@ -214,10 +196,7 @@ class Setup:
 
 
 def set_up(config, weights_dtype, autocast=False, **settings):
-    """Load what `config` names: dataset, tokenizer and model. UserError for whatever is wrong with it.
-
-    settings: further fields of DecodeSettings
-    """
+    """Load what `config` names: dataset, tokenizer and model. settings: further fields of DecodeSettings"""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda: PyTorch finds no GPU here; use cpu or auto")
     # Without cpu=True, processes on a CPU would not find each other.
@@ -225,12 +204,13 @@ def set_up(config, weights_dtype, autocast=False, **settings):
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if autocast else "no")
     for name in config.rewards:
         find_reward(name)
-    train_items = load_dataset(config.dataset, "train", config.dataset_args)
-    test_items = load_dataset(config.dataset, "test", config.dataset_args)
-    test_items = [test_items[i] for i in range(min(config.eval_size, len(test_items)))]
+    try:
+        splits = [make_dataset(config.dataset, split, config.dataset_args) for split in ("train", "test")]
+    except ValidationError as error:
+        raise UserError(f"dataset_args: {_describe(error.errors()[0], config)}") from None
+    train_items, test_items = splits[0], list(splits[1])[: config.eval_size]
     if len(test_items) < accelerator.num_processes:
-        raise UserError(f"eval_size: {len(test_items)}: should be at least 1 problem for each process")
-
+        raise UserError(f"eval_size: {len(test_items)}: expected at least 1 problem for each process")
     set_seed(config.seed)  # an adapter's initial weights follow from it, on every process
     model = load_model(config.model, weights_dtype, accelerator.device, config.cache_dir)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
@@ -241,9 +221,8 @@ def set_up(config, weights_dtype, autocast=False, **settings):
     longest = max(len(problem.ids) for problem in train_set + test_set)
     limit = getattr(inner_model(model).config.get_text_config(), "max_position_embeddings", None)
     if limit and longest + config.max_new_tokens > limit:
-        raise UserError(
-            f"max_new_tokens: {config.max_new_tokens}: with a prompt of {longest} tokens, this exceeds the model's {limit} positions"
-        )
+        too_long = f"a prompt of {longest} tokens and its completion exceed the model's {limit} positions"
+        raise UserError(f"max_new_tokens: {config.max_new_tokens}: {too_long}")
     settings |= {"stop_ids": stop_ids(model, tokenizer), "pad_id": tokenizer.pad_token_id}
     settings = DecodeSettings(config.max_new_tokens, cuda_graphs=config.cuda_graphs, **settings)
     return Setup(accelerator, model, tokenizer, train_set, test_set, settings)
@@ -254,14 +233,11 @@ def load_model(name, dtype, device, cache_dir=None):
 
     name: a model, or a folder with a LoRA adapter, which is loaded onto the base model that it names
     dtype: "float32" or "bfloat16"
-    Attention is flash-attention 2 where installed and applicable, else SDPA. Dropout stays off for good: a policy that
-    is scored under dropout is not the policy that was sampled. UserError for a name that gives no complete model.
+    Dropout stays off for good: a policy that is scored under dropout is not the policy that was sampled.
     """
     if "/" not in name and not Path(name).is_dir():  # a misspelled folder: do not look for it on the hub
         raise UserError(f"model: {name!r}: there is no such folder here; on the hub, owner/model is expected")
-    on_gpu = torch.device(device).type == "cuda"
-    attention = "flash_attention_2" if on_gpu and dtype == "bfloat16" and is_flash_attn_2_available() else "sdpa"
-    options = {"dtype": getattr(torch, dtype), "attn_implementation": attention, "cache_dir": cache_dir}
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa", "cache_dir": cache_dir}
     try:
         is_adapter = (Path(name) / "adapter_config.json").is_file()
         base_name = PeftConfig.from_pretrained(name).base_model_name_or_path if is_adapter else name
@@ -269,20 +245,11 @@ def load_model(name, dtype, device, cache_dir=None):
         if is_adapter:
             model = PeftModel.from_pretrained(model, name, is_trainable=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model: {name!r}: {_model_problem(name, error)}") from None
+        raise UserError(f"model: {name!r}: {one_line(error)}") from None
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"model: {name!r}: {len(missing)} of its weights are missing, such as {missing[0]}")
     return model.to(device).eval()
-
-
-def _model_problem(name, error):
-    folder = Path(name)
-    if not folder.is_dir():
-        return f"there is no such folder here, and from the Hugging Face hub: {one_line(error)[:300]}"
-    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-        return "this folder holds no model: it has no config.json"
-    return f"this folder holds no complete model: {one_line(error)}"
 
 
 def load_tokenizer(name, cache_dir=None):
@@ -292,7 +259,7 @@ def load_tokenizer(name, cache_dir=None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
     except (OSError, ValueError) as error:
-        raise UserError(f"model: {name!r} has no tokenizer: {_model_problem(name, error)}") from None
+        raise UserError(f"model: {name!r} has no tokenizer: {one_line(error)}") from None
     if tokenizer.pad_token_id is None:  # never searched for in ids: masks come from lengths
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
@@ -330,6 +297,14 @@ def save_model(model, tokenizer, folder, weights=None):
     tokenizer.save_pretrained(folder)
 
 
+@torch.no_grad()
+def load_weights(folder, weights):
+    """Copy the weights that `save_model` wrote into {name: tensor}."""
+    saved = dict(load_model(str(folder), "float32", "cpu").named_parameters())
+    for name, weight in weights.items():
+        weight.copy_(saved[name])
+
+
 def fingerprint(weights):
     """Eight hex digits that depend on every bit of {name: tensor}: a checksum of sums over rows and columns."""
     checksum = 0
@@ -340,9 +315,7 @@ def fingerprint(weights):
     return f"{checksum:08x}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Prompts
-# ----------------------------------------------------------------------------------------------------------------------
+# --- Prompts ----------------------------------------------------------------------------------------------------------
 
 PLAIN_TEMPLATE = "{system}\n\nUser: {prompt}\n\nAssistant:"  # for base models, which have no chat template
 
@@ -373,10 +346,9 @@ def encode_prompts(tokenizer, items, system_prompt):
 
 def _apply_template(tokenizer, chats):
     # Templates that write today's date take date_string instead: a run resumed tomorrow must have the same prompts.
+    options = {"add_generation_prompt": True, "tokenize": False, "date_string": "26 Jul 2024"}
     try:
-        return tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=False, date_string="26 Jul 2024"
-        )
+        return tokenizer.apply_chat_template(chats, **options)
     except TemplateError as error:
         raise UserError(f"model: its chat template cannot be used: {one_line(error)}") from None
 
@@ -410,9 +382,7 @@ def schedule_factor(schedule, step, num_steps, warmup_steps=0):
     return {"constant": 1.0, "linear": 1 - share_done, "cosine": (1 + math.cos(math.pi * share_done)) / 2}[schedule]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Scores and evaluation
-# ----------------------------------------------------------------------------------------------------------------------
+# --- Scores and evaluation --------------------------------------------------------------------------------------------
 
 
 def completion_texts(completions, tokenizer):
@@ -448,34 +418,30 @@ def non_finite(scores):
     return None
 
 
-@torch.no_grad()
 def evaluate(setup):
-    """Greedy accuracy over the held-out problems, shared among the processes.
+    """Greedy accuracy on the held-out problems, shared among the processes.
 
-    Returns strict and lenient accuracy in [0, 1], mean length in tokens, truncated share, and this process's items with
-    their completions.
+    Returns {name: mean over all problems}: strict and lenient accuracy in [0, 1], length in tokens, truncated share;
+    and the items of this process with their completions.
     """
-    problems = setup.test_set[setup.accelerator.process_index :: setup.accelerator.num_processes]
-    with setup.accelerator.autocast():
+    accelerator = setup.accelerator
+    problems = setup.test_set[accelerator.process_index :: accelerator.num_processes]
+    with accelerator.autocast():
         completions = generate(setup.model, [problem.ids for problem in problems], setup.settings)
     items, texts = [problem.item for problem in problems], completion_texts(completions, setup.tokenizer)
     answers = [item["answer"] for item in items]
     sums = {
-        "strict": sum(map(strict_correct, texts, answers)),
-        "lenient": sum(map(lenient_correct, texts, answers)),
+        "strict_accuracy": sum(map(strict_correct, texts, answers)),
+        "lenient_accuracy": sum(map(lenient_correct, texts, answers)),
         "length": int(completions.mask.sum()),
         "truncated": int(completions.truncated.sum()),
     }
-    totals = setup.accelerator.reduce(
-        torch.tensor(list(sums.values()), dtype=torch.float64, device=setup.accelerator.device)
-    )
-    means = (totals / len(setup.test_set)).tolist()
-    return {**dict(zip(sums, means, strict=True)), "items": items, "texts": texts}
+    totals = torch.tensor(list(sums.values()), dtype=torch.float64, device=accelerator.device)
+    means = (accelerator.reduce(totals) / len(setup.test_set)).tolist()
+    return dict(zip(sums, means, strict=True)), items, texts
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Several processes: each takes its share of a step; scores and gradients are put together
-# ----------------------------------------------------------------------------------------------------------------------
+# --- Several processes: each takes its share of a step; scores and gradients are put together -------------------------
 
 
 def share(count, accelerator):
