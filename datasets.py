@@ -7,6 +7,7 @@ A new dataset is a class here with an entry in DATASETS; `dataset_args` in the c
 pydantic checks. Not here: how a problem becomes a prompt (utils.py), how an answer is judged (reward.py).
 """
 
+import ast
 import hashlib
 import itertools
 import json
@@ -25,11 +26,6 @@ from reward import UserError
 Split = Literal["train", "test"]
 
 
-# --- Integer expressions: a leaf is an int, a node is (operator, left, right) -----------------------------------------
-
-PRECEDENCE = {"+": 1, "-": 1, "*": 2}
-
-
 def random_expression(rng, num_operators, max_integer):
     """A random tree with `num_operators` operators over the integers 0..max_integer."""
     if num_operators == 0:
@@ -41,18 +37,12 @@ def random_expression(rng, num_operators, max_integer):
 
 
 def expression_text(tree):
-    """The tree in writing, with only the parentheses that precedence asks for: ("*", ("+", 1, 2), 3) is "(1+2)*3"."""
+    """The tree in writing, with only the parentheses that it needs: ("*", ("+", 1, 2), 3) is "(1+2)*3"."""
     if isinstance(tree, int):
         return str(tree)
     operator, left, right = tree
-    precedence = PRECEDENCE[operator]
-    left_text, right_text = expression_text(left), expression_text(right)
-    if not isinstance(left, int) and PRECEDENCE[left[0]] < precedence:
-        left_text = f"({left_text})"
-    # a-(b+c) needs its parentheses and so, to be read as the tree it is, does a+(b+c): operators group to the left.
-    if not isinstance(right, int) and PRECEDENCE[right[0]] <= precedence:
-        right_text = f"({right_text})"
-    return f"{left_text}{operator}{right_text}"
+    text = f"({expression_text(left)}){operator}({expression_text(right)})"
+    return ast.unparse(ast.parse(text)).replace(" ", "")
 
 
 def apply_operator(operator, left, right):
@@ -68,9 +58,6 @@ def expression_steps(tree, apply=apply_operator):
     right, right_steps = expression_steps(right, apply)
     value = apply(operator, left, right)
     return value, [*left_steps, *right_steps, (operator, left, right, value)]
-
-
-# --- Polynomials in x: coefficients by power, lowest first, so that [-1, 2] is 2x-1 -----------------------------------
 
 
 def multiply(a, b):
@@ -115,9 +102,6 @@ def product_text(left, right, tail):
         left_text = f"({left_text})"
     text = f"{left_text}*({polynomial_text(right)})"
     return f"{text}+{polynomial_text(tail)}".replace("+-", "-") if tail else text
-
-
-# --- Datasets ---------------------------------------------------------------------------------------------------------
 
 
 class Problems(data.Dataset):

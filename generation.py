@@ -10,6 +10,7 @@ Letters in shapes: P prompts, G completions per prompt, B = P * G rows, T tokens
 
 import dataclasses
 import os
+from types import SimpleNamespace
 
 import torch
 from peft import PeftModel
@@ -33,28 +34,17 @@ def inner_model(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-# --- Key-value cache --------------------------------------------------------------------------------------------------
-
-
 def new_cache(network):
     """An empty key-value cache, and True if it keeps all positions (a sliding window does not)."""
     cache = DynamicCache(config=network.config)
     return cache, all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
-@dataclasses.dataclass
-class Cursor:
-    """The cache slot that a decode step writes, and how many slots it reads."""
-
-    slot: torch.Tensor  # (1,), on the device, so that a CUDA graph reads its present value
-    end: int  # more than `slot`
-
-
 class PreallocatedLayer(DynamicLayer):
-    """A cache layer that decodes into a preallocated buffer.
+    """A cache layer that decodes into a preallocated buffer, so that a CUDA graph can replay a step.
 
     Prefill works as in DynamicLayer. `batch_repeat_interleave` then allocates the buffer, and every later `update`
-    writes one position at `cursor.slot`. Nothing is concatenated, and a CUDA graph can replay it.
+    writes the slot `cursor.slot`, a tensor (1,) on the device, and returns the slots before `cursor.end`.
     """
 
     def __init__(self, max_new_tokens, cursor):
@@ -89,8 +79,6 @@ class PreallocatedLayer(DynamicLayer):
         self.buffers = [buffer[:B] for buffer in self.buffers]
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
 
-
-# --- Sampling and the decode loop -------------------------------------------------------------------------------------
 
 MIN_SHARED = 8  # a shorter beginning of all prompts is not worth a forward pass of its own
 LENGTH_BUCKET = 128  # a captured step reads the cache up to its end rounded up to this many slots
@@ -185,7 +173,7 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
     ids, attention_mask = (x.to(device) for x in _lay_out(prompts, shared, settings))
     longest = ids.shape[1]
     positions = (attention_mask[:, :longest].cumsum(-1) - 1).clamp(min=0)
-    cursor = Cursor(torch.full((1,), longest, device=device), longest)
+    cursor = SimpleNamespace(slot=torch.full((1,), longest, device=device), end=longest)
     if keeps_all:
         cache.layers = [PreallocatedLayer(settings.max_new_tokens, cursor) for _ in cache.layers]
 
@@ -285,8 +273,6 @@ class GraphedStep:
         self.graph.replay()
 
 
-# --- Log-probs of completions -----------------------------------------------------------------------------------------
-
 MIN_SPARED = 0.1  # prompts are computed separately if that spares this share of all positions
 MAX_LOGITS = 2**25  # logits alive at once in the scoring pass: 128 MiB in fp32, 220 tokens at a vocabulary of 152k
 
@@ -330,23 +316,19 @@ def _states_before(network, ids, completion_mask):
     which transformers does only without a cache, and not with sliding windows, which count padding.
     """
 
-    def states_of_whole_rows():
-        # Causal attention never sees the padding on the right: no mask and no position ids are needed.
-        hidden = network.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
-        return hidden[:, :-1][completion_mask[:, 1:]]
-
     cache, keeps_all = new_cache(network)
     checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
     last, lengths = completion_mask.int().argmax(1) - 1, completion_mask.sum(1)  # (B,)
-    L = int(last.max())  # length of the longest prompt without its last token
-    if L == 0 or checkpoints or not keeps_all:
-        return states_of_whole_rows()
-    offsets = torch.arange(int(lengths.max()), device=ids.device)
-    positions = last[:, None] + offsets  # (B, C) from a prompt's last position, which predicts a completion's first
+    L = max(1, int(last.max()))  # length of the longest prompt without its last token
     in_prompt = torch.arange(L, device=ids.device) < last[:, None]
     prompts, prompt_of_row = torch.where(in_prompt, ids[:, :L], -1).unique(dim=0, return_inverse=True)  # (P, L)
-    if 1 - (prompts.numel() + positions.numel()) / ids.numel() < MIN_SPARED:
-        return states_of_whole_rows()
+    offsets = torch.arange(int(lengths.max()), device=ids.device)
+    positions = last[:, None] + offsets  # (B, C) from a prompt's last position, which predicts a completion's first
+    spared = 1 - (prompts.numel() + positions.numel()) / ids.numel()
+    if checkpoints or not keeps_all or not in_prompt.any() or spared < MIN_SPARED:
+        # Causal attention never sees the padding on the right: no mask and no position ids are needed.
+        hidden = network.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
+        return hidden[:, :-1][completion_mask[:, 1:]]
     network.base_model(input_ids=prompts.clamp(min=0), past_key_values=cache, use_cache=True)
     for layer in cache.layers:  # index_select, not keys[rows], whose backward pass sums in no fixed order
         layer.keys, layer.values = (x.index_select(0, prompt_of_row) for x in (layer.keys, layer.values))

@@ -5,7 +5,7 @@ policy and score them. The advantage of a completion is how much better it is th
 
     A_i = (r_i - mean(r)) / std(r)                                                   r: the group's G rewards
 
-Then make K updates that raise the probability of the tokens of good completions, within a trust region:
+Then make K updates that raise the probability of good completions' tokens, within a trust region:
 
     ratio_t = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)
     loss_t  = -min(ratio_t A, clip(ratio_t, 1 - clip_low, 1 + clip_high) A) + kl_weight * KL_t(pi || pi_ref)
@@ -14,8 +14,7 @@ Departures from the paper:
 - The reference policy is the starting model throughout (the adapter switched off). The paper replaces it now and then.
 - loss_t is averaged over all completion tokens of the step (`loss_normalization: token`, DAPO, arXiv:2503.14476); the
   paper averages within each completion first (`sequence`). `constant` is Dr. GRPO, arXiv:2503.20783.
-- pi_old comes from the training forward pass, not from the sampler, so that ratio_t is exactly 1 in the first of the K
-  updates. The difference between the two is logged (`policy/sampler_gap`).
+- pi_old comes from the first training pass, not from the sampler: in the first of the K updates, ratio_t is exactly 1.
 - Groups of equal rewards have advantage 0, exactly, and are not computed on when kl_weight is 0.
 
     python grpo_train.py
@@ -39,7 +38,7 @@ from typing import Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import utils
@@ -54,9 +53,7 @@ from utils import draw_problems, gather_scores, non_finite, schedule_factor, sco
 class LoRA(utils.Config):
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32.0
-    target_modules: list[str] = Field(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
-    )
+    target_modules: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class GRPOConfig(utils.RunConfig):
@@ -103,8 +100,8 @@ def group_advantages(rewards, scale):
     """Advantages (P, G) of rewards (P, G): reward minus its group's mean, over a standard deviation (section 4.1.2).
 
     scale: "group" divides by the group's standard deviation, "batch" by that of all rewards, "none" by nothing
-    Groups of equal rewards get exactly 0. Compare rewards for equality instead of adding an epsilon: rounding can leave
-    a tiny nonzero std, and so advantages near 1.
+    Equal rewards get exactly 0. Compare them instead of adding an epsilon: rounding can leave a tiny nonzero std, and
+    so advantages near 1.
     """
     rewards = rewards.double()
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
@@ -119,8 +116,8 @@ def group_advantages(rewards, scale):
 def token_weights(lengths, normalization, max_new_tokens):
     """Weight of each token of a row in the step's loss, (B,); the loss is the weighted sum over all tokens.
 
-    lengths: (B,) completion tokens of all rows of all processes, 0 for a row that is left out of the loss. So no weight
-    depends on how rows are split into micro-batches or over processes.
+    lengths: (B,) completion tokens of all rows of all processes, 0 for a row that is left out of the loss. So weights
+        do not depend on micro-batches or processes
     normalization: "token" is the mean over tokens, "sequence" the mean over rows of the mean over their tokens,
         "constant" the sum over B * max_new_tokens
     """
@@ -149,17 +146,13 @@ def kl_estimate(log_probs, ref_log_probs):
 
 
 def make_policy(model, lora, gradient_checkpointing):
-    """The model with what is trained requiring gradients: its adapter, or with `lora: null` all of it.
-
-    A model that came with an adapter continues with that adapter. A frozen copy of it, named "reference", is the
-    reference policy.
-    """
+    """The model with what is trained requiring gradients: its adapter, or with `lora: null` all of it. A model that came
+    with an adapter continues with it; a frozen copy of that adapter, "reference", is then the reference policy."""
     if isinstance(model, PeftModel):
         settings = model.peft_config["default"]
-        own = {"rank": settings.r, "alpha": settings.lora_alpha, "target_modules": sorted(settings.target_modules)}
-        wanted = lora and {**lora.model_dump(), "target_modules": sorted(lora.target_modules)}
-        if wanted != own:
-            raise UserError(f"lora: {wanted}: should be {own}, as in the adapter that training starts from")
+        own = LoRA(rank=settings.r, alpha=settings.lora_alpha, target_modules=sorted(settings.target_modules))
+        if lora is None or lora.model_copy(update={"target_modules": sorted(lora.target_modules)}) != own:
+            raise UserError(f"lora: {lora}: expected {own}, as in the adapter that training starts from")
         model.add_adapter("reference", settings)
         parameters = dict(model.named_parameters())
         for name, parameter in parameters.items():
@@ -170,10 +163,8 @@ def make_policy(model, lora, gradient_checkpointing):
         for target in lora.target_modules:
             if not any(name.endswith(f".{target}") for name in linears):
                 raise UserError(f"lora.target_modules: {target}: the model has no linear layer of that name")
-        settings = LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM"
-        )
-        model = get_peft_model(model, settings)
+        shape = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": lora.target_modules}
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **shape))
     model.eval()  # no dropout, in an adapter from elsewhere either; gradients flow all the same
     if gradient_checkpointing:
         inner_model(model).gradient_checkpointing_enable({"use_reentrant": False})
@@ -184,12 +175,11 @@ def make_policy(model, lora, gradient_checkpointing):
 def merged_adapter(model):
     """The model with its adapter merged into the weights: the same policy in far fewer operations, to sample from.
 
-    On CPUs, where every operation costs, and in fp32: in bf16 the sum would be rounded, and another policy be sampled
-    than is trained. Not an adapter with biases, made elsewhere, which PEFT cannot always merge.
+    Only on CPUs, where every operation costs, and in fp32: rounding the sum to bf16 would sample from another policy
+    than is trained. Not for adapters with biases, which PEFT cannot always merge.
     """
-    fp32 = all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    has_adapter = isinstance(model, PeftModel) and not model.peft_config["default"].lora_bias
-    if not has_adapter or model.device.type != "cpu" or not fp32:
+    is_fp32_on_cpu = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
+    if not is_fp32_on_cpu or not isinstance(model, PeftModel) or model.peft_config["default"].lora_bias:
         yield
         return
     originals = {layer: layer.weight for name, layer in model.named_modules() if name.endswith(".base_layer")}
@@ -220,7 +210,7 @@ def reference_policy(model, frozen_copy):
 
 @contextlib.contextmanager
 def checkpointed_layers(model):
-    """Layers recompute their activations in the backward pass; transformers asks for train mode, here of them alone."""
+    """Let layers recompute their activations in the backward pass, for which they must be in train mode."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
         layer.training = layer.gradient_checkpointing
@@ -255,9 +245,7 @@ class MicroBatch:
 
 def make_micro_batches(prompts, completions, advantages, weights, token_budget, pad_id):
     """Rows of weight > 0, longest first, in micro-batches of at most `token_budget` positions (but at least one row).
-
-    prompts: B lists of ids; completions: Completions of B rows; advantages, weights: (B,)
-    """
+    prompts: B lists of ids; completions: Completions of B rows; advantages, weights: (B,)"""
     lengths = completions.mask.sum(1).tolist()
     rows = [row for row, weight in enumerate(weights.tolist()) if weight > 0]
     rows.sort(key=lambda row: len(prompts[row]) + lengths[row], reverse=True)
@@ -280,10 +268,8 @@ def make_micro_batches(prompts, completions, advantages, weights, token_budget, 
 
 
 def micro_batch_loss(model, batch, config, frozen_copy, autocast):
-    """One micro-batch's part of the step's loss, its KL part without gradient, and values to log, one per token.
-
-    Computes the batch's old and reference log-probs in the first update.
-    """
+    """One micro-batch's part of the step's loss, its KL part without gradient, and {name: (n,)} to log, one per token.
+    The first update computes the batch's old and reference log-probs."""
     with checkpointed_layers(model), autocast():
         log_probs, entropy = completion_log_probs(model, batch.ids, batch.mask, config.temperature)
     values = {"entropy": entropy}  # {name: (b, T)}
@@ -347,7 +333,9 @@ def update(policy, optimizer, micro_batches, config, frozen_copy, accelerator, v
 def save_progress(path, setup, optimizer):
     """Write a checkpoint's files: the trained weights as a Hugging Face folder, and AdamW's moments."""
     utils.save_model(setup.model, setup.tokenizer, path / "model")
-    torch.save(optimizer.state_dict(), path / "optimizer.pt")
+    state = optimizer.state_dict()["state"]  # {index: {"step", "exp_avg", "exp_avg_sq"}}, empty before the first update
+    moments = {f"{index}.{key}": value for index, values in state.items() for key, value in values.items()}
+    save_file(moments, path / "optimizer.safetensors")
 
 
 def load_progress(path, setup, optimizer, weights):
@@ -356,7 +344,11 @@ def load_progress(path, setup, optimizer, weights):
         set_peft_model_state_dict(setup.model, load_file(path / "model" / "adapter_model.safetensors"), "default")
     else:
         utils.load_weights(path / "model", weights)
-    optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
+    state = optimizer.state_dict()
+    for name, moment in load_file(path / "optimizer.safetensors").items():
+        index, key = name.split(".")
+        state["state"].setdefault(int(index), {})[key] = moment
+    optimizer.load_state_dict(state)
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
@@ -371,16 +363,15 @@ def train(config, setup, run, optimizer, frozen_copy=None):
         # 1. Sample P prompts and, from the current policy, G completions of each.
         with run.phase("rollout"):
             problems = draw_problems(setup.train_set, step, P, config.seed)[mine]
-            uniforms = torch.rand(
-                P, G, config.max_new_tokens, generator=utils.seeded_generator(config.seed, "rollout", step)
-            )
+            generator = utils.seeded_generator(config.seed, "rollout", step)
+            uniforms = torch.rand(P, G, config.max_new_tokens, generator=generator)
             completions = rollout(policy, problems, uniforms[mine], setup.settings, accelerator)
 
         # 2. Score every completion. From here on, each process has the scores of all P * G.
         with run.phase("reward"):
             problems = [problem for problem in problems for _ in range(G)]
-            rows = score_completions(config.rewards, completions, tokenizer, problems)
-            scores = gather_scores(rows, accelerator.device)  # {name: (B,)}
+            scores = score_completions(config.rewards, completions, tokenizer, problems)
+            scores = gather_scores(scores, accelerator.device)  # {name: (B,)}
             rewards = scores["reward"].view(P, G)
         skipped = non_finite(scores)  # why this step makes no update, or None
 
@@ -393,24 +384,15 @@ def train(config, setup, run, optimizer, frozen_copy=None):
 
         # 4. K clipped policy-gradient updates on these completions.
         with run.phase("update"):
-            learning_rate = config.learning_rate * schedule_factor(
-                config.lr_schedule, step, config.num_steps, config.warmup_steps
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+            factor = schedule_factor(config.lr_schedule, step, config.num_steps, config.warmup_steps)
+            learning_rate = optimizer.param_groups[0]["lr"] = config.learning_rate * factor
             prompts = [problem.ids for problem in problems]
-            micro_batches = make_micro_batches(
-                prompts,
-                completions,
-                advantages[mine].flatten(),
-                weights[mine].flatten(),
-                config.micro_batch_tokens,
-                tokenizer.pad_token_id,
-            )
+            rows = prompts, completions, advantages[mine].flatten(), weights[mine].flatten()
+            batches = make_micro_batches(*rows, config.micro_batch_tokens, tokenizer.pad_token_id)
             losses, grad_norm, values = torch.zeros(2), 0.0, {name: [] for name in TOKEN_METRICS}
             for _ in range(K if weights.any() and not skipped else 0):
                 losses, grad_norm, skipped = update(
-                    policy, optimizer, micro_batches, config, frozen_copy, accelerator, values
+                    policy, optimizer, batches, config, frozen_copy, accelerator, values
                 )
                 if skipped:
                     break
@@ -435,21 +417,14 @@ def train(config, setup, run, optimizer, frozen_copy=None):
 def main(config):
     # Trained weights are fp32, whatever the rest is computed in: bf16 would round most updates away.
     weights_dtype = "float32" if config.lora is None else config.dtype
-    setup = utils.set_up(
-        config,
-        weights_dtype,
-        autocast=config.dtype == "bfloat16",
-        temperature=config.temperature,
-        batch_size=config.generation_batch_size,
-    )
+    decoding = {"temperature": config.temperature, "batch_size": config.generation_batch_size}
+    setup = utils.set_up(config, weights_dtype, autocast=config.dtype == "bfloat16", **decoding)
     utils.check_chunked_head(setup.model)
     identity = run_identity(config, setup)
     setup.model = policy = make_policy(setup.model, config.lora, config.gradient_checkpointing)
     weights = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
-    assert weights, "nothing to train"
-    frozen_copy = None
-    if config.lora is None and config.kl_weight > 0:
-        frozen_copy = copy.deepcopy(policy).requires_grad_(False)
+    needs_copy = config.lora is None and config.kl_weight > 0
+    frozen_copy = copy.deepcopy(policy).requires_grad_(False) if needs_copy else None
     optimizer = torch.optim.AdamW(weights.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
 
     def evaluate_policy():

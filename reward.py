@@ -9,7 +9,6 @@ REWARDS, or name it in the config as `my_module:my_function`.
 """
 
 import importlib
-import math
 import numbers
 import re
 from fractions import Fraction
@@ -25,7 +24,7 @@ MAX_TAIL_CHARS = 1_000  # how far from its end the last number of a text is look
 MAX_POWER = 1_000
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
-# --- Extraction -------------------------------------------------------------------------------------------------------
+_FORMAT = re.compile(r"\s*<think>.*</think>\s*<answer>(.*)</answer>\s*", re.DOTALL)
 
 
 def strict_answer(text):
@@ -35,12 +34,8 @@ def strict_answer(text):
     """
     if len(text) > MAX_TEXT_CHARS or any(text.count(tag) != 1 for tag in TAGS):
         return None
-    before, _, rest = text.partition("<think>")
-    _, end_think, rest = rest.partition("</think>")
-    between, start_answer, rest = rest.partition("<answer>")
-    answer, end_answer, after = rest.partition("</answer>")
-    in_order = end_think and start_answer and end_answer
-    return answer.strip() if in_order and not (before + between + after).strip() else None
+    match = _FORMAT.fullmatch(text)
+    return match and match[1].strip()
 
 
 # Runs of characters that values are written with; = and everything else separate them. One character class repeated:
@@ -67,8 +62,6 @@ def lenient_answer(text):
     numbers = _NUMBER.findall(runs[-1])
     return numbers[-1] if numbers else None
 
-
-# --- Exact values -----------------------------------------------------------------------------------------------------
 
 # An optional sign, coefficient and power of x. Quantified groups start with characters that cannot end what stands
 # before them, so matching is linear in the length.
@@ -136,9 +129,6 @@ def lenient_correct(text, reference):
     return strict_correct(text, reference) or same_answer(lenient_answer(text), reference)
 
 
-# --- Reward functions -------------------------------------------------------------------------------------------------
-
-
 def accuracy_reward(completions, answer, **columns):
     """1.0 for each completion whose strict answer equals the reference, else 0.0."""
     return [float(strict_correct(text, reference)) for text, reference in zip(completions, answer, strict=True)]
@@ -192,14 +182,7 @@ def score(weights, completions, items):
         for text, value in zip(completions, values, strict=True):
             if not isinstance(value, numbers.Real):
                 raise UserError(f"rewards: {name} returned {value!r}, no number, for {text[:80]!r}")
-    rows = [dict(zip(scores, map(as_float, row), strict=True)) for row in zip(*scores.values(), strict=True)]
+    rows = [dict(zip(scores, map(float, row), strict=True)) for row in zip(*scores.values(), strict=True)]
     for row in rows:
         row["reward"] = sum(weight * row[f"reward/{name}"] for name, weight in weights.items())
     return rows
-
-
-def as_float(number):
-    try:
-        return float(number)
-    except OverflowError:  # an integer beyond all floats
-        return math.inf

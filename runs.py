@@ -67,11 +67,9 @@ class Run:
         if self.state:
             load(path, states)
         if self.state and fingerprint(weights) != self.state["weights"]:
+            reason = "it is damaged, or this device or these versions compute differently"
             source = self.folder / "journal.jsonl" if states else path
-            raise UserError(
-                f"resume: {source} does not give the weights that the run had after step {done}: it is damaged, or "
-                "this device or these versions compute differently"
-            )
+            raise UserError(f"resume: {source} does not give the weights of step {done}: {reason}")
         self.saved_step = done if path and not states else None
         disable = None if self.is_main else True  # None: where standard error is no terminal
         self.progress = tqdm(total=num_steps, initial=done, disable=disable, bar_format=BAR, dynamic_ncols=True)
@@ -85,26 +83,20 @@ class Run:
     def _open_tensorboard(self):
         """A second TensorBoard run in `by_tokens` has accuracy over its cost: its steps are thousands of generated
         tokens, its clock is seconds of training. What was logged after the state to resume from is purged."""
-        last_step, last_token = self.state.get("step", -1), self.state.get("generated_tokens", -1000)
-        self.tensorboard, self.by_tokens = (
-            SummaryWriter(folder, purge_step=purge_step, flush_secs=10**9)
-            for folder, purge_step in (
-                (self.folder, last_step + 1),
-                (self.folder / "by_tokens", last_token // 1000 + 1),
-            )
-        )
+        last_step, last_thousand = self.state.get("step", -1), self.state.get("generated_tokens", -1000) // 1000
+        self.tensorboard = SummaryWriter(self.folder, purge_step=last_step + 1, flush_secs=10**9)
+        self.by_tokens = SummaryWriter(self.folder / "by_tokens", purge_step=last_thousand + 1, flush_secs=10**9)
         values = {k: v for k, v in self.config.model_dump().items() if k == "model" or k not in FREE_KEYS}
         self.tensorboard.file_writer.add_summary(hparams(flat(values), {})[1])
         self.tensorboard.add_text("config", f"<pre>{html.escape(config_text(self.config))}</pre>", 0)
 
     def _print_banner(self, step_text):
-        config, model, setup = self.config, self.setup.model, self.setup
-        num_base = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
+        config, setup, device = self.config, self.setup, self.accelerator.device
+        num_base = sum(p.numel() for name, p in setup.model.named_parameters() if "lora_" not in name)
         num_trained = sum(weight.numel() for weight in self.weights.values())
-        device = self.accelerator.device
-        device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
         print(f"model   {config.model}, {num_base:,} parameters, {num_trained:,} trained")
-        print(f"device  {self.accelerator.num_processes} x {device_name}, {config.dtype}")
+        print(f"device  {self.accelerator.num_processes} x {device.type}{gpu}, {config.dtype}")
         print(f"data    {config.dataset}, {len(setup.train_set):,} problems, {len(setup.test_set):,} held-out ones")
         print(f"step    {step_text}, up to {config.max_new_tokens} tokens each")
         print(f"run     {self.num_steps:,} steps -> {self.folder}")
@@ -208,15 +200,15 @@ class Run:
         self.progress.set_description_str("evaluate")
         start, step = time.perf_counter(), self.state["step"]
         metrics, items, texts = self.evaluate()
-        scalars = {f"eval/{name}": value for name, value in metrics.items()}
-        self._write_scalars({**scalars, "time/evaluate": time.perf_counter() - start}, step)
         strict, lenient = metrics["strict_accuracy"], metrics["lenient_accuracy"]
         if self.is_main:
+            self.tensorboard.add_text("completions", completion_table(items[:8], texts[:8]), step)
             thousands, clock = self.state["generated_tokens"] // 1000, self.state["seconds"]
             self.by_tokens.add_scalar("by_tokens/strict_accuracy", strict, thousands, walltime=clock)
             self.by_tokens.add_scalar("by_tokens/lenient_accuracy", lenient, thousands, walltime=clock)
             self.by_tokens.flush()
-            self.tensorboard.add_text("completions", completion_table(items[:8], texts[:8]), step)
+        scalars = {f"eval/{name}": value for name, value in metrics.items()}
+        self._write_scalars({**scalars, "time/evaluate": time.perf_counter() - start}, step)
         self.say(f"step {step:4d}  held-out: strict {strict:.1%}, lenient {lenient:.1%}")
         return {"strict": strict, "lenient": lenient}
 
@@ -247,30 +239,32 @@ class Run:
 
     def _finish(self):
         self._save()
-        is_done = self.state["step"] == self.num_steps
-        after = (self.state.get("after") or self._evaluate()) if is_done else None
-        self.progress.close()
-        if not is_done:
+        if self.state["step"] < self.num_steps:
+            self.progress.close()
             self.say(f"stopped after step {self.state['step']}; to resume:\n    {resume_command(self.folder)}")
-        elif self.is_main:
-            self.tensorboard.file_writer.add_summary(hparams({}, {})[2])  # HPARAMS: the run is finished
-            print_summary(self.state["before"], after, len(self.setup.test_set))
-            print(
-                f"The steps took {self.state['seconds']:.0f} s; this start, {time.perf_counter() - self.start:.0f} s."
-            )
-            model, path = self.setup.model, self.folder / "model"
-            with whole_folder(path) as partial:
-                save_model(model, self.setup.tokenizer, partial)
-            print(f"TensorBoard: tensorboard --logdir={self.config.log_dir}\nThe result is {path}; to load it:")
-            if hasattr(model, "peft_config"):
-                base = model.peft_config["default"].base_model_name_or_path
-                print(f'    base = AutoModelForCausalLM.from_pretrained("{base}")')
-                print(f'    PeftModel.from_pretrained(base, "{path}")')
-            else:
-                print(f'    AutoModelForCausalLM.from_pretrained("{path}")')
+        else:
+            after = self.state.get("after") or self._evaluate()
+            self.progress.close()
+            if self.is_main:
+                self._print_result(after)
         self.accelerator.end_training()
         if self.is_main:
             self.lock.release()
+
+    def _print_result(self, after):
+        self.tensorboard.file_writer.add_summary(hparams({}, {})[2])  # tells the HPARAMS page that the run is finished
+        print_summary(self.state["before"], after, len(self.setup.test_set))
+        print(f"The steps took {self.state['seconds']:.0f} s; this start, {time.perf_counter() - self.start:.0f} s.")
+        model, path = self.setup.model, self.folder / "model"
+        with whole_folder(path) as partial:
+            save_model(model, self.setup.tokenizer, partial)
+        print(f"TensorBoard: tensorboard --logdir={self.config.log_dir}\nThe result is {path}; to load it:")
+        if hasattr(model, "peft_config"):
+            base = model.peft_config["default"].base_model_name_or_path
+            print(f'    base = AutoModelForCausalLM.from_pretrained("{base}")')
+            print(f'    PeftModel.from_pretrained(base, "{path}")')
+        else:
+            print(f'    AutoModelForCausalLM.from_pretrained("{path}")')
 
 
 @contextlib.contextmanager
@@ -294,9 +288,6 @@ def stop_signals():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-# --- What is logged and printed ---------------------------------------------------------------------------------------
 
 
 def completion_metrics(scores):
@@ -359,9 +350,6 @@ def resume_command(folder):
     processes = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
     launcher = "python" if processes == "1" else f"torchrun --nproc_per_node {processes}"
     return f"{launcher} {shlex.quote(sys.argv[0])} --config {shlex.quote(str(folder / 'config.yml'))}"
-
-
-# --- The folder, and what a run resumes from --------------------------------------------------------------------------
 
 
 def open_folder(config):

@@ -44,8 +44,6 @@ from reward import UserError, find_reward, lenient_correct, score, strict_correc
 transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 
-# --- Config and command line ------------------------------------------------------------------------------------------
-
 
 class Config(BaseModel):
     """Base of the scripts' configs: types are not converted, unknown keys are errors."""
@@ -94,10 +92,8 @@ def one_line(error):
 
 
 def load_config(config_class, path, overrides=()):
-    """The `config_class` that a YAML file describes, with "key=value" or "key.subkey=value" overrides on top.
-
-    Keys that are missing take their defaults. UserError, in one line with file, key, value and expectation.
-    """
+    """The `config_class` that a YAML file describes, with "key=value" or "key.subkey=value" overrides on top. Missing keys
+    take their defaults. UserError, in one line with file, key, value and expectation."""
 
     source = path
     try:
@@ -163,14 +159,9 @@ def say_once(text):
         tqdm.write(text)
 
 
-# --- Set-up: seeds, model, tokenizer, problems ------------------------------------------------------------------------
-
-
 def seeded_generator(seed, stream, index=0, device="cpu"):
     """A generator determined by its arguments alone, so that a run's random numbers need no stored state.
-
-    stream: a word for what the numbers are used for; index: which of them, such as the step, less than 2^32
-    """
+    stream: a word for what the numbers are used for; index: which of them, such as the step"""
     assert 0 <= index < 2**32, index
     low, high = map(int, np.random.SeedSequence([seed, zlib.crc32(stream.encode())]).generate_state(2))
     # torch's CPU generator reads only the low 32 bits of a seed. The index counts them up: no two are the same.
@@ -185,8 +176,6 @@ class Problem:
 
 @dataclasses.dataclass
 class Setup:
-    """What a run is made of."""
-
     accelerator: Accelerator
     model: torch.nn.Module
     tokenizer: object
@@ -229,12 +218,8 @@ def set_up(config, weights_dtype, autocast=False, **settings):
 
 
 def load_model(name, dtype, device, cache_dir=None):
-    """A causal language model from a folder or the Hugging Face hub, in eval mode, on `device`.
-
-    name: a model, or a folder with a LoRA adapter, which is loaded onto the base model that it names
-    dtype: "float32" or "bfloat16"
-    Dropout stays off for good: a policy that is scored under dropout is not the policy that was sampled.
-    """
+    """A causal language model from a folder or the Hugging Face hub; an adapter is loaded onto the base model it names.
+    In eval mode for good: a policy that is scored under dropout is not the policy that was sampled."""
     if "/" not in name and not Path(name).is_dir():  # a misspelled folder: do not look for it on the hub
         raise UserError(f"model: {name!r}: there is no such folder here; on the hub, owner/model is expected")
     options = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa", "cache_dir": cache_dir}
@@ -315,16 +300,12 @@ def fingerprint(weights):
     return f"{checksum:08x}"
 
 
-# --- Prompts ----------------------------------------------------------------------------------------------------------
-
 PLAIN_TEMPLATE = "{system}\n\nUser: {prompt}\n\nAssistant:"  # for base models, which have no chat template
 
 
 def encode_prompts(tokenizer, items, system_prompt):
-    """Token ids of each item's prompt: chat template, system prompt, start of the answer.
-
-    Where a chat template takes no system message, the system prompt is put before the problem.
-    """
+    """Token ids of each item's prompt: chat template, system prompt, start of the answer. Where a chat template takes no
+    system message, the system prompt is put before the problem."""
     prompts = [item["prompt"] for item in items]
     if tokenizer.chat_template is None:
         texts = [PLAIN_TEMPLATE.format(system=system_prompt, prompt=prompt).lstrip() for prompt in prompts]
@@ -382,9 +363,6 @@ def schedule_factor(schedule, step, num_steps, warmup_steps=0):
     return {"constant": 1.0, "linear": 1 - share_done, "cosine": (1 + math.cos(math.pi * share_done)) / 2}[schedule]
 
 
-# --- Scores and evaluation --------------------------------------------------------------------------------------------
-
-
 def completion_texts(completions, tokenizer):
     rows = [tokens[mask].tolist() for tokens, mask in zip(completions.tokens, completions.mask, strict=True)]
     start = answer_start(tokenizer)
@@ -392,20 +370,12 @@ def completion_texts(completions, tokenizer):
 
 
 def score_completions(rewards, completions, tokenizer, problems):
-    """Score completions, the i-th for the i-th problem. Returns B dicts: what `reward.score` returns, the "length" in
-    tokens, 1.0 if "truncated", and the sampler's "log_prob".
-
-    rewards: {name: weight}
-    """
+    """Score completions, the i-th for the i-th problem, with the reward functions {name: weight}. Returns B dicts: what
+    `reward.score` returns, the "length" in tokens, 1.0 if "truncated", and the sampler's "log_prob"."""
     rows = score(rewards, completion_texts(completions, tokenizer), [problem.item for problem in problems])
-    columns = {
-        "length": completions.mask.sum(1),
-        "truncated": completions.truncated,
-        "log_prob": completions.log_probs.sum(1),
-    }
-    for name, values in columns.items():
-        for row, value in zip(rows, values.tolist(), strict=True):
-            row[name] = float(value)
+    columns = completions.mask.sum(1), completions.truncated, completions.log_probs.sum(1)
+    for row, *values in zip(rows, *(column.tolist() for column in columns), strict=True):
+        row |= zip(("length", "truncated", "log_prob"), map(float, values), strict=True)
     return rows
 
 
@@ -441,12 +411,11 @@ def evaluate(setup):
     return dict(zip(sums, means, strict=True)), items, texts
 
 
-# --- Several processes: each takes its share of a step; scores and gradients are put together -------------------------
-
-
 def share(count, accelerator):
-    """The slice of `count` things that this process takes."""
+    """The slice of a step's `count` prompts or members that this process takes."""
     world, process = accelerator.num_processes, accelerator.process_index
+    if count < world:
+        raise UserError(f"{count} prompts or members per step are too few for {world} processes")
     return slice(process * count // world, (process + 1) * count // world)
 
 
