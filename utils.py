@@ -92,9 +92,8 @@ def one_line(error):
 
 
 def load_config(config_class, path, overrides=()):
-    """The `config_class` that a YAML file describes, with "key=value" or "key.subkey=value" overrides on top. Missing keys
-    take their defaults. UserError, in one line with file, key, value and expectation."""
-
+    """The `config_class` that a YAML file describes, with "key=value" or "key.subkey=value" overrides on top.
+    Missing keys take their defaults. UserError, in one line with file, key, value and expectation."""
     source = path
     try:
         values = yaml.load(Path(path).read_text("utf-8-sig"), _Loader) or {}
@@ -304,7 +303,7 @@ PLAIN_TEMPLATE = "{system}\n\nUser: {prompt}\n\nAssistant:"  # for base models, 
 
 
 def encode_prompts(tokenizer, items, system_prompt):
-    """Token ids of each item's prompt: chat template, system prompt, start of the answer. Where a chat template takes no
+    """Token ids of each item's prompt: chat template, system prompt, start of the answer. Where a template takes no
     system message, the system prompt is put before the problem."""
     prompts = [item["prompt"] for item in items]
     if tokenizer.chat_template is None:
