@@ -67,6 +67,7 @@ class GRPOConfig(utils.RunConfig):
     # Objective
     scale_advantages: Literal["group", "batch", "none"] = "group"
     loss_normalization: Literal["token", "sequence", "constant"] = "token"
+    ratio_level: Literal["token", "sequence"] = "token"
     clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: PositiveFloat = 0.2
     kl_weight: NonNegativeFloat = 0.0
@@ -129,9 +130,12 @@ def token_weights(lengths, normalization, max_new_tokens):
     return kept / (len(lengths) * max_new_tokens)
 
 
-def policy_loss(log_probs, old_log_probs, advantages, clip_low, clip_high):
+def policy_loss(log_probs, old_log_probs, advantages, clip_low, clip_high, ratio_level="token", mask=None):
     """The clipped surrogate per token (eq. 3, negated) and the ratio pi / pi_old, both (b, T). advantages: (b, 1)."""
-    ratio = (log_probs - old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    log_ratio = log_probs - old_log_probs  # 0 outside of the mask (b, T)
+    if ratio_level == "sequence":  # one ratio per completion, of the mean log-ratio (GSPO, arXiv:2507.18071, eq. 7)
+        log_ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True)).expand_as(log_ratio)
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return -torch.min(ratio * advantages, clipped * advantages), ratio
 
@@ -280,7 +284,8 @@ def micro_batch_loss(model, batch, config, frozen_copy, autocast):
             with torch.no_grad(), reference_policy(model, frozen_copy) as reference, autocast():
                 batch.ref_log_probs, _ = completion_log_probs(reference, batch.ids, batch.mask, config.temperature)
 
-    token_loss, ratio = policy_loss(log_probs, batch.old_log_probs, batch.advantages, config.clip_low, config.clip_high)
+    old, A, clip_range = batch.old_log_probs, batch.advantages, (config.clip_low, config.clip_high)
+    token_loss, ratio = policy_loss(log_probs, old, A, *clip_range, config.ratio_level, batch.mask)
     weights = batch.weights * batch.mask  # (b, T)
     loss, kl_term = (token_loss * weights).sum(), torch.zeros((), device=log_probs.device)
     if config.kl_weight > 0:
@@ -289,7 +294,7 @@ def micro_batch_loss(model, batch, config, frozen_copy, autocast):
         loss = loss + kl_term
         values |= {"kl_k1": log_probs - batch.ref_log_probs, "kl_k3": kl}
 
-    ratio, A = ratio.detach(), batch.advantages
+    ratio = ratio.detach()
     if "sampler_gap" in values:
         values["ratio_error"] = (ratio - 1).abs()
     values |= {
