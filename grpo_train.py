@@ -12,8 +12,8 @@ Then make K updates that raise the probability of good completions' tokens, with
 
 Departures from the paper:
 - The reference policy is the starting model throughout (the adapter switched off). The paper replaces it now and then.
-- loss_t is averaged over all completion tokens of the step (`loss_normalization: token`, DAPO, arXiv:2503.14476); the
-  paper averages within each completion first (`sequence`). `constant` is Dr. GRPO, arXiv:2503.20783.
+- loss_t is averaged over all completion tokens of the step (`loss_normalization: token`, DAPO, arXiv:2503.14476), not
+  within each completion first (`sequence`). `constant` is Dr. GRPO, arXiv:2503.20783.
 - pi_old comes from the first training pass, not from the sampler: in the first of the K updates, ratio_t is exactly 1.
 - Groups of equal rewards have advantage 0, exactly, and are not computed on when kl_weight is 0.
 
@@ -150,8 +150,8 @@ def kl_estimate(log_probs, ref_log_probs):
 
 
 def make_policy(model, lora, gradient_checkpointing):
-    """The model with what is trained requiring gradients: its adapter, or with `lora: null` all of it. A model that came
-    with an adapter continues with it; a frozen copy of that adapter, "reference", is then the reference policy."""
+    """The model with what is trained requiring gradients: its adapter, or with `lora: null` all of it. A model that has
+    an adapter already continues with it; a frozen copy of that adapter, "reference", is then the reference policy."""
     if isinstance(model, PeftModel):
         settings = model.peft_config["default"]
         own = LoRA(rank=settings.r, alpha=settings.lora_alpha, target_modules=sorted(settings.target_modules))
