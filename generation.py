@@ -116,9 +116,7 @@ class DecodeSettings:
 
 
 @torch.no_grad()
-def generate(
-    model, prompts, settings, num_samples=1, uniforms=None, on_rows=lambda prompt_of_row: None, block_size=None
-):
+def generate(model, prompts, settings, num_samples=1, uniforms=None, on_rows=None, block_size=None):
     """Complete prompts: `num_samples` completions each, sampled with `uniforms`, or greedily without.
 
     prompts: P lists of token ids
@@ -129,6 +127,8 @@ def generate(
     What all prompts of a block begin with is computed once. Returns Completions on the model's device.
     """
     assert num_samples == 1 or uniforms is not None, "greedy completions of one prompt are all the same"
+    assert on_rows is None or block_size, "rows that hooks treat differently must not share computation"
+    on_rows = on_rows or (lambda prompt_of_row: None)
     device, size = model.device, (len(prompts) * num_samples, settings.max_new_tokens)
     completions = Completions(
         tokens=torch.full(size, settings.pad_id, device=device),
