@@ -455,8 +455,12 @@ def save_checkpoint(folder, state, keep, write):
 
 def digests(folder):
     """{path: SHA-256} of the files in a checkpoint."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "sha256.json"]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    result = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "sha256.json":
+            with open(path, "rb") as file:
+                result[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return result
 
 
 def read_state(path):
