@@ -359,7 +359,8 @@ def open_folder(config):
     """
     folder = Path(config.log_dir) / (config.run_name or time.strftime("%Y-%m-%d_%H-%M-%S"))
     is_run = (folder / "identity.json").is_file() and config.run_name and config.resume == "auto"
-    if folder.exists() and not is_run and set(os.listdir(folder)) - {"lock"}:
+    traces = {"lock", "identity.json.partial"}  # all that a kill in the first moment leaves
+    if folder.exists() and not is_run and set(os.listdir(folder)) - traces:
         raise UserError(f"run_name: {folder} exists already; choose another name or delete it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
