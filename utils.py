@@ -99,21 +99,23 @@ def load_config(config_class, path, overrides=()):
         values = yaml.load(Path(path).read_text("utf-8-sig"), _Loader) or {}
         for override in overrides:
             source = f"command line: {override}"
-            key, _, text = override.partition("=")
+            key, equals, text = override.partition("=")
             *parents, last = key.split(".")
             target = values
             for parent in parents:
                 target = target.setdefault(parent, {})
+            if not equals or not isinstance(target, dict):
+                raise UserError(f"{source}: expected key=value, or key.subkey=value where key is a mapping")
             target[last] = yaml.load(text, _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{source}: {one_line(error)}") from None
-    except (AttributeError, TypeError):  # not a mapping
-        raise UserError(f"{source}: expected keys with values") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of keys to values, not {type(values).__name__}")
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
         message = _describe(error.errors()[0], config_class)
-        is_override = any(message.startswith(override.partition("=")[0]) for override in overrides)
+        is_override = any(re.match(rf"{re.escape(override.partition('=')[0])}[.:]", message) for override in overrides)
         raise UserError(f"{'command line' if is_override else path}: {message}") from None
 
 

@@ -3,12 +3,12 @@
 HYPOTHESIS=10000 python -m pytest tests/test_hostile.py tries more than the test suite does.
 """
 
-import html
 import json
 import os
 import re
 import time
 from fractions import Fraction
+from html.parser import HTMLParser
 
 import pytest
 import yaml
@@ -16,10 +16,19 @@ from conftest import ROOT, SCRIPTS
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import es_train
 from datasets import JSONLDataset
-from reward import TAGS, accuracy_reward, format_reward, lenient_answer, lenient_correct, parse_value, strict_answer
-from utils import as_text, load_config, seal, unseal
+from reward import (
+    TAGS,
+    UserError,
+    accuracy_reward,
+    format_reward,
+    lenient_answer,
+    lenient_correct,
+    parse_value,
+    strict_answer,
+)
+from runs import completion_table, read_journal
+from utils import load_config
 
 EXAMPLES = int(os.environ.get("HYPOTHESIS", 300))
 settings.register_profile(
@@ -162,16 +171,41 @@ def test_invisible_characters_do_not_make_another_number(digits, invisible):
 # What TensorBoard shows
 
 
-@given(st.one_of(completions, anything))
+class Table(HTMLParser):
+    """The tags of a table, and its cells as they read. Characters that cannot be seen are left out."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.cells = set(), []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add((tag, *attributes))
+        self.cells += [""] * (tag in ("td", "th"))
+
+    def handle_data(self, data):
+        if self.cells:
+            self.cells[-1] += visible(data)
+
+
+def visible(text):
+    return "".join(c for c in text if c.isprintable() and c not in " ?")  # TensorBoard shows "?" for control characters
+
+
+@pytest.mark.filterwarnings("ignore:html5lib")
+@pytest.mark.filterwarnings("ignore:html5lib")
+@given(st.one_of(completions, anything, st.text(alphabet="<>&\"'`*_|\\[]()#-1.! \n\r\tab=/:;\x02\x03\u2028")))
 @example("`a` [link](javascript:alert(1)) ![image](http://x/y.png) <b>*_|\\ &amp; \x02amp\x03 # 1. -\r\u2028")
-def test_shown_text_is_one_line_without_markup_that_reads_as_it_was(text):
-    shown = as_text(text)
-    entities = re.sub(r"&#\d+;|<br>", "", shown)
-    assert all(c.isalnum() or c == " " for c in re.sub(r"(?<=u)[0-9a-f]{4,6}", "", entities)), shown
-    assert "\n" not in shown and shown.isprintable()
-    visible = "".join(c if c.isprintable() or c in "\n" or not c.isascii() else f"\\u{ord(c):04x}" for c in text)
-    if text.isascii():
-        assert html.unescape(shown.replace("<br>", "\n")) == visible
+@example("</td></table>\r\n\r\n<script>alert(1)</script>\n\n# heading")
+def test_shown_text_has_no_markup_and_reads_as_it_was(text):
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    table = completion_table([{"prompt": text, "answer": text}], [text])
+    for shown in (table, markdown_to_safe_html(table)):  # as written, and as TensorBoard serves it
+        parsed = Table(shown)
+        assert parsed.tags <= {(tag,) for tag in ("table", "tbody", "tr", "th", "td", "br")}
+        assert parsed.cells[5:] == [visible(text)] * 3
 
 
 # Configs
@@ -189,11 +223,11 @@ def assert_refused_in_one_line(script, text, path):
     path.write_bytes(text if isinstance(text, bytes) else text.encode(errors="surrogatepass"))
     try:
         config = load_config(script.config_class, path)
-    except ValueError as error:
+    except UserError as error:
         assert str(error).startswith(str(path)) and len(str(error).splitlines()) == 1 and len(str(error)) < 1000
         return
-    json.dumps(config, default=vars)
-    assert yaml.safe_load(yaml.safe_dump(vars(config)["dataset_args"])) is not None
+    json.dumps(config.model_dump())
+    assert yaml.safe_load(yaml.safe_dump(config.dataset_args)) is not None
 
 
 def defaults(script):
@@ -218,32 +252,23 @@ def test_any_file_is_refused_in_one_line(tmp_path_factory, content):
     assert_refused_in_one_line(SCRIPTS["grpo"], content, tmp_path_factory.getbasetemp() / "c.yml")
 
 
-BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
-    f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(20)
-)
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (BOMB, "aliases (*name) are not read"),
-        ("base: &b {seed: 1}\n<<: *b\n", "aliases (*name) are not read"),
-        ("seed: 1\nseed: 2\n", "seed is set twice"),
-        ("a: {b: {c: 1, c: 2}}\n", "c is set twice"),
         ("seed:\t1\n\tx: 2\n", "found character '\\t' that cannot start any token"),
         (b"\x7fELF\x02\x01\x00\xff", "'utf-8' codec can't decode byte"),
         (b"\x00" * 100, "special characters are not allowed"),
-        ("x: " + "a" * 10_000_000, "longer than 100,000 bytes, which no config is"),
-        ("[" * 5_000, "nested too deeply"),
-        ("{" * 5_000, "nested too deeply"),
-        ("- " * 20_000, "nested too deeply"),
+        ("[" * 5_000, "recursion"),
+        ("{" * 5_000, "recursion"),
+        ("- " * 20_000, "recursion"),
         ("".join(f"k{i}: 1\n" for i in range(8_000)), "k0: 1: unknown key"),
         ("? [a, b]\n: 1\n", "unhashable key"),
         ("!!python/object/apply:os.system ['true']", "could not determine a constructor"),
         ("!!python/name:os.system ''", "could not determine a constructor"),
+        ("seed: 2026-99-99", "month must be in 1..12"),
         ("seed: " + "1" * 5_000, "Exceeds the limit"),
-        ("seed: 0x" + "f" * 5_000, ": missing; every key is to be set"),
-        ("", "expected a mapping of keys to values, not NoneType"),
+        ("seed: 1" + "0" * 400, "seed: 1000"),
+        ("learning_rate: 1" + "0" * 400, "learning_rate: 1000"),
         ("--- 1\n--- 2\n", "expected a single document"),
     ],
     ids=lambda value: repr(value)[:20] if isinstance(value, (str, bytes)) else None,
@@ -252,9 +277,9 @@ def test_hostile_config_is_refused_in_one_line(tmp_path, content, message):
     path = tmp_path / "config.yml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     start = time.process_time()
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         load_config(SCRIPTS["es"].config_class, path)
-    assert time.process_time() - start < 20  # not the hours of 10 MB, nor the memory of the bomb
+    assert time.process_time() - start < 20
     assert message in str(error.value) and len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 1000
 
 
@@ -282,7 +307,7 @@ def test_any_jsonl_file_is_read_as_text_or_its_bad_line_named(tmp_path_factory, 
     path.write_bytes(mark + end.join([*some, *[good_line] * 10]))
     try:
         items = [*JSONLDataset(path, "train").items, *JSONLDataset(path, "test").items]
-    except ValueError as error:
+    except UserError as error:
         assert re.match(rf"{re.escape(str(path))}, line \d+: ", str(error)) and len(str(error)) < 1000, error
         assert "\n" not in str(error)
         return
@@ -295,11 +320,10 @@ def test_any_jsonl_file_is_read_as_text_or_its_bad_line_named(tmp_path_factory, 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"prompt": "a", "answer": "1", "answer": "2"}', "a key is there twice"),
         (b'{"prompt": "\\ud800", "answer": "2"}', "surrogates not allowed"),
         (b'{"prompt": "a", "answer": "2", "x": ["\\udfff"]}', "surrogates not allowed"),
         (b'{"prompt": "a", "answer": 2}', '"answer" is 2, expected text'),
-        (b'{"prompt": "a"}', '"answer" is missing'),
+        (b'{"prompt": "a"}', '"answer" is None, expected text'),
         (b'{"prompt": "a", "answer": null}', '"answer" is None, expected text'),
         (b'{"prompt": "a", "answer": "2", "level": 3}', "keys ['answer', 'level', 'prompt'], but line 1 has"),
         (b'{"prompt": "a", "answer": "2"} trailing', "Extra data"),
@@ -312,7 +336,7 @@ def test_any_jsonl_file_is_read_as_text_or_its_bad_line_named(tmp_path_factory, 
 def test_hostile_jsonl_line_is_named(tmp_path, line, message):
     path = tmp_path / "p.jsonl"
     path.write_bytes(good_line + b"\n" + line + b"\n")
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         JSONLDataset(path, "train")
     assert str(error.value).startswith(f"{path}, line 2: ") and message in str(error.value)
     assert len(str(error.value)) < 1000
@@ -325,50 +349,20 @@ def test_huge_line_is_read(tmp_path):
     assert len(JSONLDataset(path, "train").items[0]["prompt"]) == 10_000_001
 
 
-# Journals and states
+# Journals
+
+journal_line = st.dictionaries(st.text(max_size=9), json_values).map(lambda state: json.dumps(state).encode() + b"\n")
 
 
-@given(st.dictionaries(st.text(max_size=9), json_values), st.data())
-def test_sealed_line_is_read_as_written_or_refused(content, data):
-    content.pop("sha256", None)
-    content = json.loads(json.dumps(content))
-    line = seal(content)
-    assert line.endswith(b"\n") and line.count(b"\n") == 1
-    assert json.dumps(unseal(line)) == json.dumps(content)
-    position = data.draw(st.integers(0, len(line) - 2))
-    changed = bytearray(line)
-    changed[position] ^= 1 << data.draw(st.integers(0, 7))
+@given(st.lists(st.binary(max_size=40) | journal_line | st.just(b"\n"), max_size=6))
+def test_any_journal_is_read_up_to_its_last_whole_line_or_named(tmp_path_factory, some):
+    path, content = tmp_path_factory.getbasetemp() / "journal.jsonl", b"".join(some)
+    path.write_bytes(content)
     try:
-        assert json.dumps(unseal(bytes(changed)), sort_keys=True) == json.dumps(
-            content, sort_keys=True
-        )  # as "1e5", "1E5"
-    except ValueError as error:
-        assert str(error) == "damaged"
-
-
-@given(st.binary() | st.text().map(str.encode) | json_values.map(lambda value: json.dumps(value).encode()))
-def test_what_was_never_sealed_is_refused(line):
-    with pytest.raises(ValueError, match="damaged"):
-        unseal(line)
-
-
-@given(st.lists(st.binary(max_size=40) | st.just(seal({"iteration": 0})) | st.just(b"\n"), min_size=1, max_size=6))
-def test_any_journal_is_read_or_its_bad_line_named(tmp_path_factory, lines):
-    folder = tmp_path_factory.mktemp("journal")
-    identity = {"seed": 0}
-    (folder / "journal.jsonl").write_bytes(seal(identity) + b"".join(lines))
-    try:
-        states = es_train.Journal(folder, identity).states
-        assert [state["iteration"] for state in states] == list(range(len(states)))
-    except ValueError as error:
-        assert re.search(r"journal.jsonl, line \d+: ", str(error)) and "\n" not in str(error)
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.parametrize("key", ["learning_rate", "seed", "max_new_tokens"])
-def test_integer_beyond_all_floats_is_refused_in_one_line(tmp_path, name, key):
-    content = defaults(SCRIPTS[name]) | {key: 10**400}
-    (tmp_path / "config.yml").write_text(yaml.safe_dump(content))
-    with pytest.raises(ValueError, match=f"config.yml: {key}: 1000.*, expected a.* number") as error:
-        load_config(SCRIPTS[name].config_class, tmp_path / "config.yml")
-    assert len(str(error.value)) < 300
+        states = read_journal(path)
+    except UserError as error:
+        assert str(error) == f"resume: {path} is damaged"
+        return
+    whole = content[: content.rfind(b"\n") + 1]
+    assert path.read_bytes() == whole and len(states) == whole.count(b"\n")
+    assert json.dumps(read_journal(path)) == json.dumps(states)

@@ -1,39 +1,46 @@
 """The scripts as a user runs them, and the helpers of a run: model loading, prompts, evaluation, logs."""
 
+import ast
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
-from conftest import ROOT, TINY, TWO_PROCESSES, make_model, run_script, scalars, wait_until
+from conftest import ROOT, SCRIPTS, TINY, TWO_PROCESSES, make_model, run_script, scalars, settings, wait_until
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo_train
+import runs
+import utils
+from generation import Completions
+from reward import UserError
+from runs import completion_table, wilson_interval
 from utils import (
-    Completions,
-    Logger,
-    ProgressBar,
-    draw_indices,
+    Problem,
+    Setup,
+    completion_texts,
+    draw_problems,
     encode_prompts,
     evaluate,
     load_config,
     load_model,
     load_tokenizer,
-    make_accelerator,
     schedule_factor,
     score_completions,
     seeded_generator,
     stop_ids,
-    wilson_interval,
 )
 
 SMALL = [
@@ -64,7 +71,7 @@ def test_script_runs_two_steps_saves_an_adapter_and_says_how_to_load_it(tmp_path
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
     assert f'PeftModel.from_pretrained(base, "{tmp_path}/run/model")' in done.stdout
     assert "Held-out accuracy, greedy, 8 problems (95% interval)" in done.stdout
-    assert "tiny_model, 835,712 parameters, 38,912 trained in an adapter\n" in done.stdout
+    assert "tiny_model, 835,712 parameters, 38,912 trained\n" in done.stdout
 
     base = AutoModelForCausalLM.from_pretrained(TINY)
     ids = torch.arange(20)[None]
@@ -113,11 +120,11 @@ def test_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
         ["lora=null", "kl_weight=0.1", "scale_advantages=batch", "loss_normalization=constant"],
         ["dtype=bfloat16", "kl_weight=0.1", "scale_advantages=none"],
         ["lora=null", "dtype=bfloat16", "lr_schedule=cosine"],
-        ["micro_batch_tokens=1", "generation_batch_size=1", "mask_truncated=true", "top_p=0.9"],
+        ["micro_batch_tokens=1", "generation_batch_size=1", "mask_truncated=true"],
     ],
     ids=["kl-two-updates", "full-kl", "bf16", "full-bf16", "smallest-batches"],
 )
-def test_each_way_of_training_runs_and_logs_finite_numbers(tmp_path, capsys, overrides):
+def test_each_way_of_training_runs_and_logs_finite_numbers(tmp_path, overrides):
     folder = train(tmp_path, "run", *overrides)
     curves = scalars(folder)
     assert all(math.isfinite(value) for points in curves.values() for _, value in points)
@@ -137,14 +144,13 @@ def test_each_way_of_training_runs_and_logs_finite_numbers(tmp_path, capsys, ove
     if "lora=null" not in overrides:
         weights = load_file(folder / "model" / "adapter_model.safetensors").values()
         assert {weight.dtype for weight in weights} == {torch.float32}  # in bf16 most updates would round away
-    assert ("ratios are biased" in capsys.readouterr().out) == ("top_p=0.9" in overrides)
 
 
 def test_training_goes_on_from_a_saved_adapter_and_its_kl_starts_at_zero(tmp_path, capsys):
     first = train(tmp_path, "first", "learning_rate=0.01")
     second = train(tmp_path, "second", f"model={first / 'model'}", "kl_weight=0.1")
     # The frozen second copy of the adapter, from which the KL is measured, is not counted.
-    assert capsys.readouterr().out.count(", 835,712 parameters, 38,912 trained in an adapter\n") == 2
+    assert capsys.readouterr().out.count(", 835,712 parameters, 38,912 trained\n") == 2
     curves, before = scalars(second), scalars(first)
     assert curves["policy/kl_k3"][0][1] == 0
     assert curves["eval/strict_accuracy"][0][1] == before["eval/strict_accuracy"][-1][1]
@@ -231,20 +237,17 @@ def test_two_processes_take_the_step_of_one_with_hugging_face_datasets_installed
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["group_size=1"], "error: command line: group_size: 1, expected at least 2: a group of one has no spread"),
-        (["learning_rate=fast"], "error: command line: learning_rate: 'fast', expected a number"),
-        (["--config", "nowhere.yml"], "error: nowhere.yml: No such file or directory"),
-        (["dataset=math"], "error: dataset: 'math', expected one of math_expr, gsm8k, or a path that ends in .jsonl"),
-        (["rewards={speed: 1}"], "error: rewards: 'speed' is unknown, expected one of accuracy, format, or my_module"),
-        (
-            ["model=nowhere/at_all"],
-            "error: model: 'nowhere/at_all': there is no such folder here, and from the Hugging Face hub: ",
-        ),
+        (["group_size=1"], "error: command line: group_size: 1: should be greater than or equal to 2"),
+        (["learning_rate=fast"], "error: command line: learning_rate: fast: should be a valid number"),
+        (["--config", "nowhere.yml"], "error: nowhere.yml: [Errno 2] No such file or directory"),
+        (["dataset=math"], "error: dataset: 'math': expected one of math_expr, gsm8k, or a path that ends in .jsonl"),
+        (["rewards={speed: 1}"], "error: rewards: 'speed': expected one of accuracy, format, or my_module"),
+        (["model=nowhere/at_all"], "error: model: 'nowhere/at_all': We couldn't connect to 'https://huggingface.co'"),
         (["model=tinny"], "error: model: 'tinny': there is no such folder here; on the hub, owner/model is expected"),
-        (["log_dir=README.md/logs"], "error: log_dir: 'README.md/logs' cannot be made: "),
-        (["max_new_tokens=500"], "error: max_new_tokens: 500 after a prompt of "),
-        (["model=tests"], "error: model: 'tests': this folder holds no model: it has no config.json"),
-        (["prompts_per_step=0"], "error: command line: prompts_per_step: 0, expected at least 1"),
+        (["log_dir=README.md/logs", "run_name=run"], "error: log_dir: README.md/logs/run cannot be made: "),
+        (["max_new_tokens=500"], "error: max_new_tokens: 500: a prompt of "),
+        (["model=tests"], "error: model: 'tests': Unrecognized model in tests."),
+        (["prompts_per_step=0"], "error: command line: prompts_per_step: 0: should be greater than 0"),
     ],
 )
 def test_bad_input_ends_with_one_line(arguments, line, tmp_path):
@@ -275,29 +278,62 @@ def test_run_name_that_exists_is_named_and_nothing_in_it_touched(tmp_path):
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["notes.txt"]
 
 
-def test_failing_reward_function_shows_its_own_traceback_and_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("failure", "code"), [("1 / (2 - len(calls))", 1), ("1.0 if len(calls) < 2 else os._exit(9)", 9)]
+)
+def test_reward_function_that_fails_or_dies_shows_where_and_what_was_logged_before_is_on_disk(tmp_path, failure, code):
     (tmp_path / "my_reward.py").write_text(
-        "calls = []\n"
-        "def f(completions, **columns):\n"
-        "    calls.append(1)\n"
-        "    return [1 / (2 - len(calls)) for _ in completions]\n"
+        f"import os\ncalls = []\ndef f(completions, **columns):\n    calls.append(1)\n"
+        f"    return [{failure} for _ in completions]\n"
     )
-    done = run_script([*SMALL, f"log_dir={tmp_path}", "rewards={'my_reward:f': 1.0}"], path=[tmp_path])
-    assert done.returncode == 1
-    assert done.stderr.rstrip().endswith("error: rewards: my_reward:f raised ZeroDivisionError: division by zero")
-    assert "my_reward.py" in done.stderr
-    (folder,) = [path for path in tmp_path.iterdir() if path.is_dir() and path.name[0] == "2"]
-    assert [step for step, _ in scalars(folder)["progress/seconds"]] == [1]  # what was logged before is on disk
+    arguments = [*SMALL, f"log_dir={tmp_path}", "run_name=run", "rewards={'my_reward:f': 1.0}"]
+    done = run_script(arguments, path=[tmp_path])
+    assert done.returncode == code
+    if code == 1:
+        assert "Traceback" in done.stderr and done.stderr.endswith("ZeroDivisionError: division by zero\n")
+        assert f'File "{tmp_path}/my_reward.py", line 5, in ' in done.stderr and failure in done.stderr
+    curves = scalars(tmp_path / "run")
+    assert [step for step, _ in curves["eval/strict_accuracy"]] == [0, 1]
+    logged = [tag for tag in curves if not tag.startswith(("eval/", "time/evaluate"))]
+    assert len(logged) > 20 and all([step for step, _ in curves[tag]] == [1] for tag in logged)
 
 
-def test_defect_of_our_own_keeps_its_traceback(tmp_path):
-    (tmp_path / "x.py").write_text(
-        "import utils\nwith utils.one_line_errors():\n    int('seven')\n"  # a ValueError from elsewhere
-    )
-    done = subprocess.run(
-        [sys.executable, tmp_path / "x.py"], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    assert "Traceback" in done.stderr
+# Code that a user edits
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """The folder of a copy of all that a run needs."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.yml")]:
+        shutil.copy(path, tmp_path)
+    shutil.copytree(TINY, tmp_path / "tiny_model")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("name", "bug"), [("grpo", "P, G, extra = rewards.shape"), ("es", "N, extra = rewards.shape")])
+def test_error_in_edited_code_shows_its_traceback_and_location(clone, name, bug):
+    path = clone / f"{name}_train.py"
+    code, train, body = path.read_text().partition("\ndef train(")
+    body, count = re.subn(r"^( +)rewards = .*\n", rf"\g<0>\1{bug}\n", body, flags=re.MULTILINE)
+    assert count == 1
+    path.write_text(code + train + body)
+    done = run_script(SCRIPTS[name].small, path, cwd=clone)
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr and bug in done.stderr and f'"{path}", line ' in done.stderr
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script_without_its_docstring_shows_its_help_and_importing_it_starts_nothing(clone, name):
+    path = clone / f"{name}_train.py"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[ast.parse("".join(lines)).body[0].end_lineno :]))
+    before = sorted(clone.iterdir())
+    for arguments in ([path, "--help"], ["-c", f"import {name}_train"]):
+        command = [sys.executable, "-B", *arguments]
+        done = subprocess.run(command, cwd=clone, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert ("key=value" in done.stdout) == ("--help" in arguments) == bool(done.stdout)
+    assert sorted(clone.iterdir()) == before
 
 
 # Models and prompts
@@ -307,27 +343,23 @@ def test_folder_without_weights_or_with_some_missing_is_named(tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
-    with pytest.raises(
-        ValueError, match="model: '.*empty': this folder holds no complete model: .*safetensors"
-    ) as error:
+    with pytest.raises(UserError, match="model: '.*empty': .*safetensors") as error:
         load_model(str(tmp_path / "empty"), "float32", "cpu")
     assert "\n" not in str(error.value)
-
-    from safetensors.torch import save_file
 
     weights = load_file(tmp_path / "whole" / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "whole" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="lacks 1 of its weights, model.layers.1.mlp.up_proj.weight for one"):
+    missing = "whole': 1 of its weights are missing, such as model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(UserError, match=missing):
         load_model(str(tmp_path / "whole"), "float32", "cpu")
 
     file = tmp_path / "whole" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])  # cut off
-    with pytest.raises(ValueError, match="this folder holds no complete model"):
-        load_model(str(tmp_path / "whole"), "float32", "cpu")
-    file.write_text("version https://git-lfs.github.com/spec/v1\n")  # a pointer instead of the file
-    with pytest.raises(ValueError, match="this folder holds no complete model"):
-        load_model(str(tmp_path / "whole"), "float32", "cpu")
+    for content in (file.read_bytes()[:1000], b"version https://git-lfs.github.com/spec/v1\n"):  # cut off; a pointer
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="model: '.*whole': ") as error:
+            load_model(str(tmp_path / "whole"), "float32", "cpu")
+        assert "\n" not in str(error.value)
 
 
 def test_end_ids_are_all_of_the_generation_config_and_the_tokenizers():
@@ -338,11 +370,11 @@ def test_end_ids_are_all_of_the_generation_config_and_the_tokenizers():
 
 def test_prompts_follow_the_chat_template_or_plain_text():
     tokenizer = load_tokenizer(TINY)
-    chat, alone = (tokenizer.decode(encode_prompts(tokenizer, ["2+2"], s)[0]) for s in ("Be brief.", ""))
+    chat, alone = (tokenizer.decode(encode_prompts(tokenizer, [{"prompt": "2+2"}], s)[0]) for s in ("Be brief.", ""))
     assert chat == "<|system|>Be brief.<|user|>2+2<|assistant|>"
     assert alone == "<|user|>2+2<|assistant|>"
     tokenizer.chat_template = None
-    plain, alone = (tokenizer.decode(encode_prompts(tokenizer, ["2+2"], s)[0]) for s in ("Be brief.", ""))
+    plain, alone = (tokenizer.decode(encode_prompts(tokenizer, [{"prompt": "2+2"}], s)[0]) for s in ("Be brief.", ""))
     assert plain == "Be brief.\n\nUser: 2+2\n\nAssistant:"
     assert alone == "User: 2+2\n\nAssistant:"
 
@@ -351,21 +383,24 @@ def test_system_prompt_goes_to_the_user_where_the_template_takes_none():
     tokenizer = load_tokenizer(TINY)
     refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     tokenizer.chat_template = refuse + tokenizer.chat_template
-    (ids,) = encode_prompts(tokenizer, ["2+2"], "Be brief.")
+    (ids,) = encode_prompts(tokenizer, [{"prompt": "2+2"}], "Be brief.")
     assert tokenizer.decode(ids) == "<|user|>Be brief.\n\n2+2<|assistant|>"
     tokenizer.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
-    assert tokenizer.decode(encode_prompts(tokenizer, ["2+2"], "Be brief.")[0]) == "Be brief.\n\n2+2"
-    assert tokenizer.decode(encode_prompts(tokenizer, ["2+2"], "")[0]) == "2+2"
+    assert tokenizer.decode(encode_prompts(tokenizer, [{"prompt": "2+2"}], "Be brief.")[0]) == "Be brief.\n\n2+2"
+    assert tokenizer.decode(encode_prompts(tokenizer, [{"prompt": "2+2"}], "")[0]) == "2+2"
     tokenizer.chat_template = "{{ raise_exception('Upgrade the library') }}"
     for system_prompt in ("Be brief.", ""):
-        with pytest.raises(ValueError, match="^model: its chat template cannot be used: Upgrade the library$"):
-            encode_prompts(tokenizer, ["2+2"], system_prompt)
+        with pytest.raises(UserError, match="^model: its chat template cannot be used: Upgrade the library$"):
+            encode_prompts(tokenizer, [{"prompt": "2+2"}], system_prompt)
 
 
 def test_prompts_do_not_change_with_the_date():
     tokenizer = load_tokenizer(TINY)
-    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
-    assert tokenizer.decode(encode_prompts(tokenizer, ["2+2"], "")[0]) == "26 Jul 2024<|user|>2+2<|assistant|>"
+    today = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"  # as Llama's templates do
+    tokenizer.chat_template = today + tokenizer.chat_template
+    assert (
+        tokenizer.decode(encode_prompts(tokenizer, [{"prompt": "2+2"}], "")[0]) == "26 Jul 2024<|user|>2+2<|assistant|>"
+    )
 
 
 def test_think_tag_that_the_template_writes_is_scored_with_the_completion_and_not_asked_for_twice(capsys, tmp_path):
@@ -375,7 +410,8 @@ def test_think_tag_that_the_template_writes_is_scored_with_the_completion_and_no
     tokens = torch.tensor([row + [0] * (length - len(row)) for row in ids])
     mask = torch.arange(length) < torch.tensor([[len(row)] for row in ids])
     completions = Completions(tokens, mask, torch.zeros(2, length), torch.zeros(2, dtype=torch.bool))
-    scores = score_completions({"accuracy": 1.0}, completions, tokenizer, [{"prompt": "1+1", "answer": "2"}] * 2)
+    problems = [Problem({"prompt": "1+1", "answer": "2"}, [])] * 2
+    scores = score_completions({"accuracy": 1.0}, completions, tokenizer, problems)
     assert [row["accuracy/strict"] for row in scores] == [0, 0]
 
     opened = "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
@@ -383,13 +419,15 @@ def test_think_tag_that_the_template_writes_is_scored_with_the_completion_and_no
     tokenizer.save_pretrained(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path))
     assert "begins every answer with <think>, " in capsys.readouterr().out
-    assert tokenizer.decode(encode_prompts(tokenizer, ["1+1"], "")[0]) == "<|user|>1+1<|assistant|><think>\n"
-    assert completions.texts(tokenizer) == ["<think>1+1=2</think><answer>2</answer>", "<think>2"]
-    scores = score_completions({"accuracy": 1.0}, completions, tokenizer, [{"prompt": "1+1", "answer": "2"}] * 2)
+    assert (
+        tokenizer.decode(encode_prompts(tokenizer, [{"prompt": "1+1"}], "")[0]) == "<|user|>1+1<|assistant|><think>\n"
+    )
+    assert completion_texts(completions, tokenizer) == ["<think>1+1=2</think><answer>2</answer>", "<think>2"]
+    scores = score_completions({"accuracy": 1.0}, completions, tokenizer, problems)
     assert [row["accuracy/strict"] for row in scores] == [1, 0]
     told_not_to = opened.replace("<think>\n", "<think>\n\n</think>\n\n")
     tokenizer.chat_template = tokenizer.chat_template.replace(opened, told_not_to)
-    assert completions.texts(tokenizer)[1] == "<think></think>2"
+    assert completion_texts(completions, tokenizer)[1] == "<think></think>2"
 
 
 def test_model_without_chat_template_is_said_once(tmp_path, capsys):
@@ -404,12 +442,13 @@ def test_model_without_chat_template_is_said_once(tmp_path, capsys):
 
 
 def test_every_epoch_holds_every_item_once_in_an_order_of_its_own():
-    whole = draw_indices(10, 0, 30, seed=0)
+    items = list(range(10))
+    whole = draw_problems(items, 0, 30, seed=0)
     epochs = [whole[i : i + 10] for i in (0, 10, 20)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert all(sorted(epoch) == items for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert [i for start in range(0, 30, 7) for i in draw_indices(10, start, 7, seed=0)][:30] == whole
-    assert draw_indices(10, 0, 10, seed=1) != epochs[0]
+    assert [item for step in range(5) for item in draw_problems(items, step, 7, seed=0)][:30] == whole
+    assert draw_problems(items, 0, 10, seed=1) != epochs[0]
 
 
 def test_generators_of_different_streams_and_indices_differ():
@@ -436,55 +475,41 @@ def test_wilson_interval_by_published_values():
 
 def test_evaluation_is_greedy_and_counts_strict_and_lenient():
     model, tokenizer = load_model(TINY, "float32", "cpu"), load_tokenizer(TINY)
-    accelerator = make_accelerator("cpu", "float32")
     wordings = ("Compute", "Evaluate", "Multiply out")  # the last two mostly without tags
     items = [{"prompt": f"{w} {a}+4", "answer": str(a + 4)} for w in wordings for a in range(1, 7)]
-    prompts = encode_prompts(tokenizer, [item["prompt"] for item in items], "")
-    results = [evaluate(model, tokenizer, items, prompts, 48, size, accelerator) for size in (3, 99)]
-    assert results[0] | {"seconds": 0} == results[1] | {"seconds": 0}
-    assert 0 < results[0]["strict"] < results[0]["lenient"] <= 1
-    wrong = [{**item, "answer": "1000"} for item in items]
-    result = evaluate(model, tokenizer, wrong, prompts, 48, 99, accelerator)
-    assert result["strict"] == result["lenient"] == 0
+    ids = encode_prompts(tokenizer, items, "")
+
+    def metrics(items, batch_size):
+        problems = [Problem(*pair) for pair in zip(items, ids, strict=True)]
+        decoding = settings(48, stop_ids(model, tokenizer), tokenizer.pad_token_id, batch_size=batch_size)
+        return evaluate(Setup(Accelerator(cpu=True), model, tokenizer, [], problems, decoding))[0]
+
+    result = metrics(items, 3)
+    assert result == metrics(items, 99)
+    assert 0 < result["strict_accuracy"] < result["lenient_accuracy"] <= 1
+    wrong = metrics([{**item, "answer": "1000"} for item in items], 99)
+    assert wrong == {**result, "strict_accuracy": 0, "lenient_accuracy": 0}
 
 
-def test_scalars_are_on_disk_once_logged_however_the_run_ends(tmp_path):
-    (tmp_path / "x.py").write_text(
-        "import os, pathlib, grpo_train, utils\n"
-        f"logger = utils.Logger(pathlib.Path({str(tmp_path)!r}), grpo_train.GRPOConfig())\n"
-        "logger.scalars({f'reward/{i}': 0.5 for i in range(20)}, 1)\n"
-        "os._exit(9)\n"  # as if killed
-    )
-    subprocess.run([sys.executable, tmp_path / "x.py"], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
-    assert scalars(tmp_path) == {f"reward/{i}": [(1, 0.5)] for i in range(20)}
+def test_completions_in_the_log_are_text_and_never_markup():
+    texts = ["<script>alert(1)</script>|\n<think>", "<think>.</think><answer>7</answer>", "it is 7"]
+    table = completion_table([{"prompt": "<b>", "answer": "7"}] * 3, texts)
+    assert "<script>" not in table and "<b>" not in table and "&lt;script&gt;" in table and "\n" not in table
+    rows = table.split("<tr>")[2:]
+    assert all(row.count("</td>") == 4 for row in rows)
+    assert [re.match("<td>(.*?)</td>", row)[1] for row in rows] == ["✗", "✓", "✗ format"]
 
 
-def test_completions_in_the_log_are_text_and_never_markup(tmp_path):
-    logger = Logger(tmp_path, grpo_train.GRPOConfig())
-    hostile = "<script>alert(1)</script>|\n<think>"
-    texts = [hostile, "<think>.</think><answer>7</answer>", "it is 7"]
-    logger.completions("completions", [{"prompt": "<b>", "answer": "7"}] * 3, texts, 0)
-    events = EventAccumulator(str(tmp_path))
+def test_hyperparameters_config_and_completions_are_logged_from_the_start(tmp_path):
+    folder = SCRIPTS["grpo"].train(tmp_path / "run", stop_after=0)
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0})
     events.Reload()
-    (event,) = events.Tensors("completions/text_summary")
-    table = event.tensor_proto.string_val[0].decode()
-    assert "<script>" not in table and "<b>" not in table and "&#60;script&#62;" in table
-    rows = table.splitlines()[2:]
-    assert all(row.count("|") == 5 for row in rows)
-    assert [row.split("|")[1] for row in rows] == [" ✗ ", " ✓ ", " ✗ form "]
-
-
-def test_hyperparameters_and_config_are_logged_flat_and_from_the_start(tmp_path):
-    config = load_config(grpo_train.GRPOConfig, ROOT / "grpo_config.yml", ["lora.rank=4"])
-    assert Logger(tmp_path, config)
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    assert "config/text_summary" in events.Tags()["tensors"]
+    assert {"config/text_summary", "completions/text_summary"} <= set(events.Tags()["tensors"])
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     logged = HParamsPluginData.FromString(content).session_start_info.hparams
     assert logged["lora.rank"].number_value == 4 and logged["rewards.accuracy"].number_value == 1
     assert logged["lora.target_modules"].string_value.startswith('["q_proj"')
-    assert "log_dir" not in logged and logged["model"].string_value == "tiny_model"
+    assert "log_dir" not in logged and logged["model"].string_value == TINY
 
 
 def test_accuracy_is_logged_by_tokens_and_seconds_too(tmp_path):
@@ -504,15 +529,15 @@ def test_accuracy_is_logged_by_tokens_and_seconds_too(tmp_path):
 
 # What a person sees in the terminal
 
-METRICS = {"reward/mean": 0.9876, "accuracy/strict": 1.0, "throughput/tokens_per_second": torch.tensor(123456.0)}
-
 
 @pytest.mark.parametrize(("num_steps", "hours"), [(60, 0), (1740, 100)])
 def test_bar_shows_all_it_has_in_80_columns(num_steps, hours):
-    bar = ProgressBar(num_steps, 0, is_main=False)
-    bar.step_done(1, METRICS)
-    values = {"n": num_steps - 1, "elapsed": 3600 * hours + 40, "prefix": "evaluate", "postfix": bar.postfix}
-    line = tqdm.format_meter(total=num_steps, ncols=80, bar_format=ProgressBar.FORM, **values)
+    run = runs.Run.__new__(runs.Run)
+    run.progress, run.state = tqdm(total=num_steps, bar_format=runs.BAR, file=open(os.devnull, "w")), {"step": 1}
+    metrics = {"reward/mean": 0.9876, "accuracy/strict": 1.0}
+    run._show_progress(metrics | {"throughput/tokens_per_second": torch.tensor(123456.0)})
+    values = run.progress.format_dict | {"n": num_steps - 1, "elapsed": 3600 * hours + 40, "prefix": "evaluate"}
+    line = tqdm.format_meter(**values | {"ncols": 80})
     assert len(line) <= 80
     assert line.startswith(f"evaluate {num_steps - 1}/{num_steps} |")
     assert line.endswith(" left, reward 0.99, accuracy 100%, 123k tokens/s")
@@ -531,20 +556,25 @@ def test_output_can_be_followed_in_a_file(tmp_path):
         process.wait()
 
 
-def test_without_a_terminal_there_is_a_line_now_and_then(capsys, monkeypatch):
+def test_without_a_terminal_there_is_a_line_now_and_then(tmp_path, capsys, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    bar = ProgressBar(20, 10, is_main=True)
-    now[0] += 1000  # an evaluation
-    bar.begin()
-    for step in range(11, 16):
-        now[0] += 12
-        bar.step_done(step, METRICS)
+
+    def takes(seconds, function):
+        return lambda *args: (now.__setitem__(0, now[0] + seconds), function(*args))[1]
+
+    monkeypatch.setattr(runs, "time", types.SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]))
+    monkeypatch.setattr(utils, "evaluate", takes(1000, utils.evaluate))
+    monkeypatch.setattr(grpo_train, "rollout", takes(12, grpo_train.rollout))
+    train(tmp_path, "run", "num_steps=8", "eval_every=8")
     output = capsys.readouterr()
-    assert output.out == "    13/20  reward 0.99, accuracy 100%, 123k tokens/s, 01:24 left\n"
+    status = r"reward -?\d\.\d\d, accuracy \d+%, [\d.]+ tokens/s"
+    lines = re.findall(rf"^ +(\d/8)  {status}, (\d\d:\d\d) left$", output.out, re.MULTILINE)
+    assert lines == [("3/8", "01:00"), ("6/8", "00:24")]
     assert not output.err
-    bar = ProgressBar(20, 10, is_main=False)  # of another process
-    bar.begin()
-    now[0] += 100
-    bar.step_done(11, METRICS)
+
+
+def test_processes_other_than_the_first_say_nothing(capsys):
+    run = runs.Run.__new__(runs.Run)
+    run.is_main = False
+    run.say("a line")
     assert not capsys.readouterr().out
