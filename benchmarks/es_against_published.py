@@ -1,24 +1,24 @@
-"""ES as it is here against the algorithm as it was published, on the embedded model.
+"""ES compared with the published algorithm, on the embedded model.
 
-    python benchmarks/es_against_published.py            # seconds per iteration, what they go to, memory
-    python benchmarks/es_against_published.py --curves   # and how the accuracy rises with time
+    python benchmarks/es_against_published.py                             # seconds per step, memory
+    python benchmarks/es_against_published.py --curves                    # also accuracy over training time
+    python benchmarks/es_against_published.py --rounds 1 --curves 2       # a quick try
 
-1. Seconds per iteration at 32 members x 16 prompts. The published algorithm is written here as
-   countdown/es_fine-tuning_countdown.py of github.com/VsonicV/es-fine-tuning-paper does it: add noise to the weights in
-   place, `model.generate` over all prompts in one batch, subtract the noise, and after the last member update in place.
-   Ours are runs of es_train.py: `low_rank`, and `gaussian`, which has the same noise distribution as the published one.
-   They take turns, each from the same weights, on the same prompts and rewards. Rewards count on both sides; loading,
-   encoding, logging and evaluation on neither.
-2. The share of a `low_rank` iteration that is not generation, by its own log.
-3. Peak memory of one `low_rank` generation over that of a plain batch with as many rows, each in a process of its own.
-4. With --curves: held-out accuracy against training time, evaluation left out.
+1. Seconds per step at 32 members x 16 prompts. `Published` follows countdown/es_fine-tuning_countdown.py of
+   github.com/VsonicV/es-fine-tuning-paper: add noise to the weights in place, call `model.generate` on all prompts in
+   one batch, subtract the noise, and after the last member update the weights in place. This project runs as
+   es_train.py, with `low_rank` and with `gaussian`, whose noise has the published distribution. In each round, each of
+   the three makes two steps from the same weights with the same rewards, and the second step is timed. Scoring counts
+   for all three; loading, encoding, logging and evaluation for none.
+2. The share of each phase in a `low_rank` step, from the log of es_train.py.
+3. The peak memory of one `low_rank` generation, and of a plain batch with as many rows, each in a process of its own.
+4. With --curves: held-out accuracy over training time, without the time of evaluation.
 """
 
 import argparse
 import contextlib
-import json
-import os
-import platform
+import io
+import re
 import statistics
 import subprocess
 import sys
@@ -31,169 +31,128 @@ import torch
 import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import es_train  # noqa: E402
-from reward import score  # noqa: E402
-from utils import (  # noqa: E402
-    draw_indices,
-    encode_prompts,
-    evaluate,
-    generate,
-    load_config,
-    load_model,
-    load_problems,
-    load_tokenizer,
-    make_accelerator,
-    stop_ids,
-)
+import es_train
+import utils
+from generation import generate
+from reward import score
 
-DEFAULTS = ROOT / "es_config.yml"
+WAYS, PHASES = ("low_rank", "gaussian", "published"), ("rollout", "update", "reward")
 
 
-def default_config(*overrides):
-    return load_config(es_train.ESConfig, DEFAULTS, [f"model={ROOT / 'tiny_model'}", "device=cpu", *overrides])
+def make_config(**more):
+    model = Path(__file__).resolve().parent.parent / "tiny_model"
+    return es_train.ESConfig(model=str(model), device="cpu", **more)
 
 
 class Published:
-    """Algorithm 2 of arXiv:2509.24372 as its authors' code has it, noise that repeats across layers and all."""
+    """Algorithm 2 of arXiv:2509.24372 as in its authors' code. Its noise restarts at every tensor."""
 
     def __init__(self, config):
-        self.config = config
-        self.model = load_model(config.model, "float32", "cpu").requires_grad_(False)
-        self.tokenizer = load_tokenizer(config.model)
-        self.items, self.test_items = load_problems(config, 1)
-        self.prompts = encode_prompts(self.tokenizer, [item["prompt"] for item in self.items], config.system_prompt)
-        self.rng = np.random.RandomState(config.seed)
+        self.config, self.setup = config, utils.set_up(config, "float32", batch_size=512)
+        self.model, self.rng = self.setup.model.requires_grad_(False), np.random.RandomState(config.seed)
+
+    def noise(self, parameter, seed):
+        return torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
 
     def add_noise(self, seed, scale):
         for parameter in self.model.parameters():
-            generator = torch.Generator().manual_seed(seed)
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(scale * self.noise(parameter, seed))
 
-    def iterate(self, iteration):
-        """One iteration; returns the number of tokens generated, up to end tokens."""
-        config, stop = self.config, torch.tensor(stop_ids(self.model, self.tokenizer))
-        count = config.prompts_per_iteration
-        indices = draw_indices(len(self.items), iteration * count, count, config.seed)
-        items = [self.items[i] for i in indices]
-        batch = self.tokenizer.pad(
-            {"input_ids": [self.prompts[i] for i in indices]}, padding_side="left", return_tensors="pt"
-        )
-        length = batch["input_ids"].shape[1]
+    def take_step(self, step):
+        """Returns the seconds that it took, and the number of tokens generated, up to end tokens."""
+        start = time.perf_counter()
+        config, tokenizer = self.config, self.setup.tokenizer
+        problems = utils.draw_problems(self.setup.train_set, step, config.prompts_per_iteration, config.seed)
+        prompts = {"input_ids": [problem.ids for problem in problems]}
+        inputs = tokenizer.pad(prompts, padding_side="left", return_tensors="pt")
         seeds, rewards, num_tokens = self.rng.randint(0, 2**30, size=config.population_size).tolist(), [], 0
         for seed in seeds:
             self.add_noise(seed, config.noise_scale)
-            with torch.inference_mode():
-                tokens = self.model.generate(**batch, max_new_tokens=config.max_new_tokens, do_sample=False)[:, length:]
-            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            rewards.append(statistics.fmean(row["reward"] for row in score(config.rewards, texts, items)))
-            ended = torch.isin(tokens, stop)
-            num_tokens += int(torch.where(ended.any(1), ended.int().argmax(1) + 1, tokens.shape[1]).sum())
+            tokens = self.model.generate(**inputs, max_new_tokens=config.max_new_tokens, do_sample=False)
+            tokens = tokens[:, inputs["input_ids"].shape[1] :]
+            texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            rows = score(config.rewards, texts, [problem.item for problem in problems])
+            rewards.append(statistics.fmean(row["reward"] for row in rows))
+            ended = torch.isin(tokens, torch.tensor(self.setup.settings.stop_ids))
+            num_tokens += int((ended.cumsum(1) <= ended).sum())  # up to the first end token
             self.add_noise(seed, -config.noise_scale)
         rewards = np.array(rewards, dtype=np.float32)
         z = (rewards - rewards.mean()) / (rewards.std() + 1e-8)
         for parameter in self.model.parameters():
             update = torch.zeros_like(parameter)
-            for seed, z_n in zip(seeds, z, strict=True):
-                generator = torch.Generator().manual_seed(seed)
-                update.add_(torch.randn(parameter.shape, generator=generator) * float(z_n))
+            for seed, z_n in zip(seeds, z.tolist(), strict=True):
+                update.add_(self.noise(parameter, seed) * z_n)
             parameter.add_(config.learning_rate * update / config.population_size)
-        return num_tokens
-
-    def accuracy(self):
-        prompts = encode_prompts(
-            self.tokenizer, [item["prompt"] for item in self.test_items], self.config.system_prompt
-        )
-        accelerator = make_accelerator("cpu", "float32")
-        tokens = self.config.max_new_tokens
-        return evaluate(self.model, self.tokenizer, self.test_items, prompts, tokens, 512, accelerator)["strict"]
+        return time.perf_counter() - start, num_tokens
 
 
-def run_ours(*overrides):
-    """The scalars of a run of es_train.py in this process: {tag: {step: value}}."""
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nothing:
-        with contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
-            es_train.main(default_config(f"log_dir={folder}", "run_name=run", *overrides))
-        events = EventAccumulator(str(Path(folder) / "run"))
-        events.Reload()
+def run_here(**more):
+    """The scalars of a run of es_train.py in this process, {tag: {step: value}}."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        es_train.main(make_config(log_dir=folder, run_name="run", **more))
+        events = EventAccumulator(str(Path(folder) / "run")).Reload()
         return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
-def seconds_per_iteration(rounds):
-    """{way: seconds of iterations}, {way: their tokens}, and the median shares of low_rank's phases.
-
-    In each round all ways make two iterations from the same weights, of which the second is timed.
-    """
-    seconds, tokens = ({"published": [], "gaussian": [], "low_rank": []} for _ in range(2))
-    shares = []
+def time_steps(rounds):
+    """{way: (seconds, tokens) of each timed step}, and the logs of low_rank."""
+    steps, logs = {way: [] for way in WAYS}, {way: [] for way in WAYS}
     for seed in range(rounds):
         for way in ("low_rank", "gaussian"):
-            log = run_ours("num_iterations=2", "eval_size=8", f"seed={seed}", f"perturbation={way}")
-            seconds[way].append(log["time/step"][2])
-            tokens[way].append(log["progress/generated_tokens"][2] - log["progress/generated_tokens"][1])
-            if way == "low_rank":
-                shares.append({phase: log[f"time/{phase}"][2] / log["time/step"][2] for phase in PHASES})
-        published = Published(default_config(f"seed={seed}"))
-        published.iterate(0)
-        start = time.perf_counter()
-        tokens["published"].append(published.iterate(1))
-        seconds["published"].append(time.perf_counter() - start)
-    return seconds, tokens, {phase: statistics.median(share[phase] for share in shares) for phase in PHASES}
+            log = run_here(num_iterations=2, eval_size=8, seed=seed, perturbation=way)
+            tokens = log["progress/generated_tokens"]
+            steps[way].append((log["time/step"][2], tokens[2] - tokens[1]))
+            logs[way].append(log)
+        published = Published(make_config(seed=seed, eval_size=8))
+        steps["published"].append([published.take_step(step) for step in (0, 1)][1])
+    return steps, logs["low_rank"]
 
 
-PHASES = ("rollout", "perturb", "update", "reward")
+def resident_mib(field):
+    """Memory of this process: now with VmRSS, at its peak with VmHWM. Linux only."""
+    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def generation_memory(way):
-    """Bytes of resident memory that generating for 32 members x 16 prompts adds at its peak. Linux only."""
-    config = default_config()
+    """MiB of resident memory that generating for 32 members x 16 prompts adds at its peak."""
+    config = make_config(eval_size=1)
     N, P = config.population_size, config.prompts_per_iteration
-    model, tokenizer = load_model(config.model, "float32", "cpu").requires_grad_(False), load_tokenizer(config.model)
-    train_set, _ = load_problems(config, 1)
-    prompts = encode_prompts(tokenizer, [train_set[i]["prompt"] for i in range(P)], config.system_prompt)
-    settings = (config.max_new_tokens, stop_ids(model, tokenizer), tokenizer.pad_token_id)
-    generate(model, prompts[:2], *settings)  # libraries and threads are there
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, which is that of loading or the parent's
-    before = resident_bytes("VmRSS")
+    setup = utils.set_up(config, "float32", batch_size=N * P)
+    parameters = dict(setup.model.requires_grad_(False).named_parameters())
+    shapes, problems = es_train.noise_shapes(parameters, "low_rank", config.rank), setup.train_set[:P]
+    prompts = [problem.ids for problem in problems]
+    generate(setup.model, prompts[:2], setup.settings)  # loads libraries and starts threads
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = resident_mib("VmRSS")
     if way == "population":
-        shapes = es_train.noise_shapes(dict(model.named_parameters()), "low_rank", config.rank)
-        generators = es_train.noise_generators(0, 0, range(N), N, "cpu")
-        with es_train.Population(model, shapes, generators, torch.full((N,), config.noise_scale), P) as on_rows:
-            generate(model, prompts * N, *settings, batch_size=N * P, on_rows=on_rows, block_size=P)
+        es_train.rollout(setup, parameters, shapes, problems, range(N), config.noise_scale, 0, config)
     else:
-        generate(model, prompts * N, *settings, batch_size=N * P)
-    return resident_bytes("VmHWM") - before
+        generate(setup.model, prompts * N, setup.settings)
+    return resident_mib("VmHWM") - before
 
 
-def resident_bytes(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def curves(iterations, every):
-    """(seconds of training, held-out accuracy) of each way, evaluation left out of the clock."""
+def curves(num_steps, every):
+    """{way: [(seconds of training, held-out accuracy), ...]}"""
     points = {}
     for way in ("low_rank", "gaussian"):
-        log = run_ours(f"num_iterations={iterations}", f"eval_every={every}", f"perturbation={way}")
-        accuracy, seconds = log["eval/strict_accuracy"], {0: 0.0, **log["progress/seconds"]}
-        points[way] = [(seconds[step], accuracy[step]) for step in sorted(accuracy)]
-    published, clock = Published(default_config()), 0.0
-    points["published"] = [(0.0, published.accuracy())]
-    for iteration in range(iterations):
-        start = time.perf_counter()
-        published.iterate(iteration)
-        clock += time.perf_counter() - start
-        if (iteration + 1) % every == 0:
-            points["published"].append((clock, published.accuracy()))
+        log = run_here(num_iterations=num_steps, eval_every=every, perturbation=way)
+        seconds = {0: 0.0, **log["progress/seconds"]}
+        points[way] = [(seconds[step], accuracy) for step, accuracy in log["eval/strict_accuracy"].items()]
+    published, clock = Published(make_config()), 0.0
+    points["published"] = [(0.0, utils.evaluate(published.setup)[0]["strict_accuracy"])]
+    for step in range(1, num_steps + 1):
+        clock += published.take_step(step - 1)[0]
+        if step % every == 0:
+            points["published"].append((clock, utils.evaluate(published.setup)[0]["strict_accuracy"]))
     return points
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="timed iterations of each way (%(default)s)")
-    parser.add_argument("--curves", action="store_true", help="also train with each way")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each way (%(default)s)")
+    parser.add_argument("--curves", type=int, nargs="?", const=30, metavar="STEPS", help="also train (%(const)s steps)")
     parser.add_argument("--memory-of", choices=["population", "plain"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -201,32 +160,30 @@ def main():
         print(generation_memory(arguments.memory_of))
         return
 
-    print(f"{torch.get_num_threads()} threads of {platform.machine()}, torch {torch.__version__}, ", end="")
-    print(f"transformers {transformers.__version__}\n")
-    seconds, tokens, shares = seconds_per_iteration(arguments.rounds)
-    print("| 32 members x 16 prompts | seconds an iteration, median (range) | published / this | tokens |")
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}\n")
+    steps, logs = time_steps(arguments.rounds)
+    print("| 32 members x 16 prompts | seconds per step, median (range) | published / this | tokens |")
     print("|---|---|---|---|")
-    for way, values in seconds.items():
-        gain = statistics.median(p / v for p, v in zip(seconds["published"], values, strict=True))
-        median, low, high = statistics.median(values), min(values), max(values)
-        print(
-            f"| {way} | {median:.2f} ({low:.2f} to {high:.2f}) | {gain:.1f}x | {statistics.median(tokens[way]):,.0f} |"
-        )
-    print("\nlow_rank, share of an iteration: ", end="")
-    print(", ".join(f"{phase} {share:.1%}" for phase, share in shares.items()))
+    for way, values in steps.items():
+        seconds, tokens = zip(*values, strict=True)
+        gain = statistics.median(p / s for (p, _), s in zip(steps["published"], seconds, strict=True))
+        cell = f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
+        print(f"| {way} | {cell} | {gain:.1f} | {statistics.median(tokens):,.0f} |")
+    shares = {p: statistics.median(log[f"time/{p}"][2] / log["time/step"][2] for log in logs) for p in PHASES}
+    print(f"\nshares of a low_rank step: {', '.join(f'{phase} {share:.1%}' for phase, share in shares.items())}")
 
     memory = {}
     for way in ("population", "plain"):
         command = [sys.executable, __file__, "--memory-of", way]
         runs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(3)]
-        memory[way] = statistics.median(json.loads(run) for run in runs)
-    print(f"\npeak memory of generation: {memory['population'] / 2**20:.0f} MiB for the population, ", end="")
-    print(f"{memory['plain'] / 2**20:.0f} MiB for a plain batch: {memory['population'] / memory['plain']:.2f}x")
+        memory[way] = statistics.median(map(float, runs))
+    print(f"\npeak memory of generation: {memory['population']:.0f} MiB for the population, ", end="")
+    print(f"{memory['plain']:.0f} MiB for a plain batch: {memory['population'] / memory['plain']:.2f} times as much")
 
     if arguments.curves:
         print("\n| way | strict accuracy (after seconds of training) |\n|---|---|")
-        for way, points in curves(iterations=30, every=5).items():
-            print(f"| {way} | {', '.join(f'{value:.1%} ({clock:.0f} s)' for clock, value in points)} |", flush=True)
+        for way, points in curves(arguments.curves, every=min(5, arguments.curves)).items():
+            print(f"| {way} | {', '.join(f'{value:.1%} ({clock:.0f} s)' for clock, value in points)} |")
 
 
 if __name__ == "__main__":

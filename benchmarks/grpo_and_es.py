@@ -1,15 +1,16 @@
-"""GRPO and ES from the same base model on the same problems and rewards: accuracy against time and generated tokens.
+"""GRPO and ES from the same base model on the same problems and rewards: accuracy over time and generated tokens.
 
     pip install matplotlib==3.11.2
     python benchmarks/grpo_and_es.py LOGS
+    python benchmarks/grpo_and_es.py LOGS --steps 6 --seeds 1 --results /tmp        # a quick try
 
-Runs each script with its default config over three seeds, ES with both perturbations (gaussian for 40 iterations only),
-one run at a time, evaluating every 5 steps; a run that LOGS holds already is not made again, so give it a new folder
-after a change. Writes results/grpo_and_es.png and results/grpo_and_es.md. Time is that of training, as logged in
-`progress/seconds`: without start-up and evaluation.
+Run each script with its default config for 60 steps, ES also with `gaussian` noise for 40 steps, with three seeds each,
+one run at a time, evaluating every 5 steps. A run that is complete in LOGS is not repeated: use a new folder after a
+change of the code. Write grpo_and_es.png and grpo_and_es.md. Time is `progress/seconds`, the time of training without
+start-up and evaluation.
 """
 
-import platform
+import argparse
 import statistics
 import subprocess
 import sys
@@ -21,113 +22,92 @@ import torch
 import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS, SEEDS, TARGET = ROOT / "results", (0, 1, 2), 0.9
-RUNS = {
-    "GRPO": ["grpo_train.py", "num_steps=60"],
-    "ES, low_rank": ["es_train.py", "num_iterations=60", "perturbation=low_rank"],
-    "ES, gaussian": ["es_train.py", "num_iterations=40", "perturbation=gaussian"],
+ROOT, TARGET = Path(__file__).resolve().parent.parent, 0.9
+WAYS = {  # script, most steps, overrides, color
+    "GRPO": ("grpo_train.py", 60, "num_steps={}", "#4269d0"),
+    "ES, low_rank": ("es_train.py", 60, "num_iterations={} perturbation=low_rank", "#d1495b"),
+    "ES, gaussian": ("es_train.py", 40, "num_iterations={} perturbation=gaussian", "#3a7d44"),
 }
-COLORS = {"GRPO": "#4269d0", "ES, low_rank": "#d1495b", "ES, gaussian": "#3a7d44"}
 
 
-def train(logs):
-    for name, (script, *overrides) in RUNS.items():
-        for seed in SEEDS:
-            folder = logs / f"{name.replace(', ', '-')}-{seed}"
-            if not (folder / "model").exists():
-                print(f"{name}, seed {seed}", flush=True)
-                overrides_here = [
-                    *overrides,
-                    f"seed={seed}",
-                    "eval_every=5",
-                    f"log_dir={logs}",
-                    f"run_name={folder.name}",
-                ]
-                subprocess.run(
-                    [sys.executable, script, *overrides_here], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
-                )
+def train(way, seed, num_steps, logs):
+    """Run one way with one seed, if `logs` does not have the run. Returns its folder."""
+    script, most_steps, overrides, _ = WAYS[way]
+    folder = logs / f"{way.replace(', ', '-')}-{seed}"
+    if not (folder / "model").exists():
+        print(f"{way}, seed {seed}", flush=True)
+        overrides = overrides.format(min(num_steps, most_steps)).split()
+        overrides += [f"seed={seed}", "eval_every=5", f"log_dir={logs}", f"run_name={folder.name}"]
+        subprocess.run([sys.executable, script, *overrides], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return folder
 
 
-def curve(folder):
-    """Steps, seconds, generated tokens and strict accuracy at each evaluation."""
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    accuracy, seconds, tokens = (
-        {event.step: event.value for event in events.Scalars(tag)}
-        for tag in ("eval/strict_accuracy", "progress/seconds", "progress/generated_tokens")
-    )
-    seconds[0] = tokens[0] = 0.0
-    steps = sorted(accuracy)
-    return {
-        "step": steps,
-        "seconds": [seconds[step] for step in steps],
-        "tokens": [tokens[step] for step in steps],
-        "accuracy": [accuracy[step] for step in steps],
-    }
-
-
-def first_reached(curve, axis):
-    """The value on an axis at the first evaluation that reaches the target, None if there is none."""
-    return next((x for x, y in zip(curve[axis], curve["accuracy"], strict=True) if y >= TARGET), None)
+def read_curve(folder):
+    """Step, seconds, generated tokens and strict accuracy of each evaluation, as lists."""
+    events = EventAccumulator(str(folder)).Reload()
+    tags = ("eval/strict_accuracy", "progress/seconds", "progress/generated_tokens")
+    accuracy, seconds, tokens = ({event.step: event.value for event in events.Scalars(tag)} for tag in tags)
+    rows = [(step, seconds.get(step, 0.0), tokens.get(step, 0.0), y) for step, y in sorted(accuracy.items())]
+    return dict(zip(("step", "seconds", "tokens", "accuracy"), map(list, zip(*rows, strict=True)), strict=True))
 
 
 def cells(curves):
-    reached = {axis: [first_reached(curve, axis) for curve in curves] for axis in ("step", "seconds", "tokens")}
-    assert all(None not in values for values in reached.values()), "a run that never reached the target"
+    """The row of the table that describes all runs of one way."""
+    first = [next((i for i, y in enumerate(curve["accuracy"]) if y >= TARGET), None) for curve in curves]
     final = [curve["accuracy"][-1] for curve in curves]
-    held = min(
-        y for c in curves for x, y in zip(c["step"], c["accuracy"], strict=True) if x >= first_reached(c, "step")
-    )
-    for axis, form in (("step", "{:.0f}"), ("seconds", "{:.0f} s"), ("tokens", "{:,.0f}")):
-        values = sorted(reached[axis])
-        low, median, high = (form.format(x) for x in (values[0], statistics.median(values), values[-1]))
-        yield f"{median} ({low} to {high})"
+    if None in first:
+        yield from ["not reached"] * 3
+    else:
+        for axis, form in (("step", "{:.0f}"), ("seconds", "{:.0f} s"), ("tokens", "{:,.0f}")):
+            values = [curve[axis][i] for curve, i in zip(curves, first, strict=True)]
+            low, median, high = (form.format(x) for x in (min(values), statistics.median(values), max(values)))
+            yield f"{median} ({low} to {high})"
     yield f"{statistics.mean(final):.1%} ({min(final):.1%} to {max(final):.1%})"
-    yield f"{held:.1%}"
-
-
-def table(curves):
-    lines = [
-        f"| | steps to {TARGET:.0%} | training time | tokens generated | at the end, mean | least after {TARGET:.0%} |",
-        "|---|---|---|---|---|---|",
-    ]
-    return "\n".join(lines + [f"| {name} | {' | '.join(cells(runs))} |" for name, runs in curves.items()])
+    later = [y for curve, i in zip(curves, first, strict=True) if i is not None for y in curve["accuracy"][i:]]
+    yield f"{min(later):.1%}" if later else ""
 
 
 def draw(curves, path):
-    matplotlib.use("Agg")
+    """Median and range over seeds. All runs of a way evaluate at the same steps."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
     labels = {"seconds": f"seconds of training, {torch.get_num_threads()} threads", "tokens": "generated tokens"}
     for axis, (key, label) in zip(axes, labels.items(), strict=True):
-        for name, runs in curves.items():
-            # All runs of a way evaluate at the same steps: median and range over seeds at each of them.
+        for way, runs in curves.items():
             x = [statistics.median(values) for values in zip(*(run[key] for run in runs), strict=True)]
             y = list(zip(*(run["accuracy"] for run in runs), strict=True))
-            axis.plot(x, [statistics.median(v) for v in y], color=COLORS[name], label=name, marker="o", markersize=3)
-            axis.fill_between(x, list(map(min, y)), list(map(max, y)), color=COLORS[name], alpha=0.2, linewidth=0)
+            color = WAYS[way][-1]
+            axis.plot(x, list(map(statistics.median, y)), color=color, label=way, marker="o", markersize=3)
+            axis.fill_between(x, list(map(min, y)), list(map(max, y)), color=color, alpha=0.2, linewidth=0)
         axis.set_xlabel(label)
         axis.set_xscale("symlog", linthresh=5 if key == "seconds" else 5e4)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("strict accuracy, 512 held-out problems")
+    axes[0].set_ylabel("strict accuracy, held-out problems")
     axes[0].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
     axes[1].legend(loc="lower right")
     figure.savefig(path, dpi=150)
 
 
 def main():
-    logs = Path(sys.argv[1]).resolve()
-    train(logs)
-    curves = {name: [curve(logs / f"{name.replace(', ', '-')}-{seed}") for seed in SEEDS] for name in RUNS}
-    RESULTS.mkdir(exist_ok=True)
-    draw(curves, RESULTS / "grpo_and_es.png")
-    text = table(curves)
-    about = f"{torch.get_num_threads()} threads of {platform.machine()}, torch {torch.__version__}, "
-    about += f"transformers {transformers.__version__}; over {len(SEEDS)} seeds: median (range), mean (range), minimum"
-    (RESULTS / "grpo_and_es.md").write_text(
-        f"# GRPO and ES on the default task\n\n{__doc__.splitlines()[0]}\n\n{text}\n\n{about}\n"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("logs", type=Path, help="folder for the runs")
+    parser.add_argument("--steps", type=int, default=60, help="at most so many in each run (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each way, with seeds 0, 1, ... (%(default)s)")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder to write to (%(default)s)")
+    arguments = parser.parse_args()
+    logs, seeds = arguments.logs.resolve(), range(arguments.seeds)
+    curves = {way: [read_curve(train(way, seed, arguments.steps, logs)) for seed in seeds] for way in WAYS}
+    matplotlib.use("Agg")
+    draw(curves, arguments.results / "grpo_and_es.png")
+    columns = (
+        f"steps to {TARGET:.0%} | training time | tokens generated | at the end, mean | minimum after {TARGET:.0%}"
     )
-    print(text, about, sep="\n\n")
+    rows = [f"| {way} | {' | '.join(cells(runs))} |" for way, runs in curves.items()]
+    table = "\n".join([f"| | {columns} |", "|---|---|---|---|---|---|", *rows])
+    about = f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}; "
+    about += f"over {len(seeds)} seeds: median (range), mean (range), minimum"
+    text = f"# GRPO and ES on the default task\n\n{__doc__.splitlines()[0]}\n\n{table}\n\n{about}\n"
+    (arguments.results / "grpo_and_es.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""What the decode loop and the chunked log-probs gain over what one would write first.
+"""The decode loop and the chunked log-probs, compared with the plain way to write each.
 
-    python benchmarks/rollout_and_scoring.py
+    python benchmarks/rollout_and_scoring.py                                        # needs 12 GiB of memory
+    python benchmarks/rollout_and_scoring.py --runs 1 --completion-tokens 32        # a quick try
 
-1. Rollout: utils.generate against model.generate of transformers, the same sampling settings, 32 prompts x 8 samples of
-   the embedded model, alternating; tokens are those of completions up to their end token, padding does not count.
-2. Peak memory of a scoring pass, forward and backward, over 8 x 512 completion tokens at a vocabulary of 151,936: the
-   resident size on top of what was there before, each way in a process of its own.
-3. The first pass's |ratio - 1|, and the gap between sampler and trainer, in fp32.
+1. Rollout: generation.generate and model.generate of transformers take turns, with the same model, prompts and sampling
+   settings: 32 prompts x 8 samples of the embedded model. The rate counts tokens up to a completion's end token, not
+   the padding after it.
+2. Scoring: the forward and backward pass over 8 completions of 512 tokens at a vocabulary of 151,936. "Chunked" is
+   generation.completion_log_probs. "All logits" computes the logits of every token at once. Each runs in a process of
+   its own. Its memory is the peak resident size minus the size before the pass.
 """
 
 import argparse
-import contextlib
 import json
-import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -24,143 +24,100 @@ import torch
 import transformers
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from datasets import MathExprDataset  # noqa: E402
-from grpo_train import GRPOConfig, LoRA, make_micro_batches, make_policy, micro_batch_loss, row_weights  # noqa: E402
-from utils import completion_log_probs, encode_prompts, generate, load_model, load_tokenizer, stop_ids  # noqa: E402
+import utils
+from generation import completion_log_probs, generate
+from grpo_train import GRPOConfig, LoRA, make_policy
 
-PROMPTS, SAMPLES, MAX_NEW_TOKENS = 32, 8, 96
-ROWS, PROMPT_TOKENS, COMPLETION_TOKENS, VOCAB = 8, 64, 512, 151_936
-
-
-def load():
-    model, tokenizer = load_model(str(ROOT / "tiny_model"), "float32", "cpu"), load_tokenizer(str(ROOT / "tiny_model"))
-    items = list(MathExprDataset("train"))[:PROMPTS]
-    return model, tokenizer, encode_prompts(tokenizer, [item["prompt"] for item in items], GRPOConfig().system_prompt)
+PROMPTS, SAMPLES = 32, 8
+ROWS, PROMPT_TOKENS, VOCAB = 8, 64, 151_936
+TINY = str(Path(__file__).resolve().parent.parent / "tiny_model")
 
 
-def rollout(runs):
-    """Tokens per second of both, `runs` times, in turn; the model is the plain one for both."""
-    model, tokenizer, prompts = load()
-    stop, pad = stop_ids(model, tokenizer), tokenizer.pad_token_id
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    settings = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        num_return_sequences=SAMPLES,
-        max_new_tokens=MAX_NEW_TOKENS,
-        eos_token_id=stop,
-        pad_token_id=pad,
-    )
+def resident_gib(field):
+    """Memory of this process: now with VmRSS, at its peak with VmHWM. Linux only."""
+    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
+
+
+def rollout(setup, runs):
+    """Tokens per second of generate and of model.generate, `runs` values each, and the lengths of completions."""
+    prompts, settings = [problem.ids for problem in setup.train_set[:PROMPTS]], setup.settings
+    inputs = setup.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": SAMPLES}
+    limits = {"max_new_tokens": settings.max_new_tokens, "eos_token_id": settings.stop_ids}
+    sampling = GenerationConfig(**sampling, **limits, pad_token_id=settings.pad_id)
 
     def ours(seed):
-        uniforms = torch.rand(PROMPTS * SAMPLES, MAX_NEW_TOKENS, generator=torch.Generator().manual_seed(seed))
-        out = generate(model, prompts, MAX_NEW_TOKENS, stop, pad, num_samples=SAMPLES, uniforms=uniforms)
-        return out.mask.sum(1)
+        generator = torch.Generator().manual_seed(seed)
+        uniforms = torch.rand(PROMPTS * SAMPLES, settings.max_new_tokens, generator=generator)
+        return generate(setup.model, prompts, settings, SAMPLES, uniforms).mask.sum(1)
 
     def theirs(seed):
         torch.manual_seed(seed)
-        tokens = model.generate(ids, attention_mask=mask, generation_config=settings)[:, longest:]
-        ended = torch.isin(tokens, torch.tensor(stop))
-        return torch.where(ended.any(1), ended.int().argmax(1) + 1, tokens.shape[1])
+        tokens = setup.model.generate(**inputs, generation_config=sampling)[:, inputs["input_ids"].shape[1] :]
+        ended = torch.isin(tokens, torch.tensor(settings.stop_ids))
+        return (ended.cumsum(1) <= ended).sum(1)  # up to the first end token
 
     rates = {ours: [], theirs: []}
-    for seed in range(-1, runs):  # the first pair warms up
-        for function, results in rates.items():
+    for seed in range(runs + 1):
+        for function, values in rates.items():
             start = time.perf_counter()
-            lengths = function(seed + 1)
-            if seed >= 0:
-                results.append(int(lengths.sum()) / (time.perf_counter() - start))
-    quartiles = torch.quantile(lengths.float(), torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])).int().tolist()
-    return rates[ours], rates[theirs], quartiles
+            lengths = function(seed)
+            values.append(int(lengths.sum()) / (time.perf_counter() - start))
+    return rates[ours][1:], rates[theirs][1:], lengths  # the first run of each warms up
 
 
-def scoring_memory(way):
-    """Bytes of resident memory that one scoring pass, forward and backward, adds at its peak."""
-    config = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)  # the same weights and tokens both ways
-    model = make_policy(Qwen2ForCausalLM(config), LoRA(rank=8), False)
-    ids = torch.randint(VOCAB, (ROWS, PROMPT_TOKENS + COMPLETION_TOKENS))
-    mask = torch.zeros(ids.shape, dtype=torch.bool)
-    mask[:, PROMPT_TOKENS:] = True
-    model(input_ids=ids[:1, :8], use_cache=False).logits.sum().backward()  # libraries, threads and gradients are there
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    start = time.perf_counter()
+def score(way, completion_tokens):
+    """GiB and seconds of one scoring pass, forward and backward, and the sum of its log-probs."""
+    torch.manual_seed(0)  # the same weights and tokens for both ways
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    geometry = Qwen2Config(vocab_size=VOCAB, num_key_value_heads=2, tie_word_embeddings=True, **sizes)
+    model = make_policy(Qwen2ForCausalLM(geometry), LoRA(rank=8), False)
+    ids = torch.randint(VOCAB, (ROWS, PROMPT_TOKENS + completion_tokens))
+    mask = (torch.arange(ids.shape[1]) >= PROMPT_TOKENS).expand(ids.shape)
+    model(input_ids=ids[:1, :8], use_cache=False).logits.sum().backward()  # loads libraries, allocates gradients
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before, start = resident_gib("VmRSS"), time.perf_counter()
     if way == "chunked":
         log_probs, _ = completion_log_probs(model, ids, mask, 1.0)
     else:
-        logits = model(input_ids=ids, use_cache=False).logits[:, PROMPT_TOKENS - 1 : -1]  # (B, C, V)
-        log_probs = logits.log_softmax(-1).gather(-1, ids[:, PROMPT_TOKENS:, None])[..., 0]
+        logits = model(input_ids=ids, use_cache=False).logits[:, PROMPT_TOKENS - 1 : -1]  # (B, T, V)
+        log_probs = logits.log_softmax(-1).gather(-1, ids[:, PROMPT_TOKENS:, None])
     log_probs.sum().backward()
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"bytes": peak - before, "seconds": seconds, "sum": float(log_probs.sum())}
-
-
-def first_pass():
-    """Largest |ratio - 1| and largest sampler gap over the first update's micro-batches."""
-    model, tokenizer, prompts = load()
-    model = make_policy(model, LoRA(), False)
-    uniforms = torch.rand(PROMPTS * SAMPLES, MAX_NEW_TOKENS, generator=torch.Generator().manual_seed(0))
-    pad = tokenizer.pad_token_id
-    completions = generate(
-        model, prompts, MAX_NEW_TOKENS, stop_ids(model, tokenizer), pad, num_samples=SAMPLES, uniforms=uniforms
-    )
-    weights = row_weights(completions.mask.sum(1).float(), "token", MAX_NEW_TOKENS)
-    rows = [prompt for prompt in prompts for _ in range(SAMPLES)]
-    errors = []
-    for batch in make_micro_batches(rows, completions, torch.ones(len(rows)), weights, 2048, pad):
-        _, _, values = micro_batch_loss(model, batch, GRPOConfig(), None, contextlib.nullcontext)
-        errors.append((values["ratio_error"].max().item(), values["sampler_gap"].max().item()))
-    return tuple(map(max, zip(*errors, strict=True)))
+    return {"GiB": resident_gib("VmHWM") - before, "seconds": seconds, "sum": float(log_probs.detach().sum())}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=7, help="timed runs of each rollout (%(default)s)")
-    parser.add_argument("--memory-of", choices=["chunked", "materialized"], help=argparse.SUPPRESS)
+    parser.add_argument("--completion-tokens", type=int, default=512, help="of a scored row (%(default)s)")
+    parser.add_argument("--score", choices=["chunked", "all logits"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.memory_of:
-        print(json.dumps(scoring_memory(arguments.memory_of)))
+    if arguments.score:
+        print(json.dumps(score(arguments.score, arguments.completion_tokens)))
         return
 
-    print(f"{torch.get_num_threads()} threads of {platform.machine()}, torch {torch.__version__}, ", end="")
-    print(f"transformers {transformers.__version__}\n")
-    print("| what | utils | what one would write first | gain |\n|---|---|---|---|")
-    ours, theirs, quartiles = rollout(arguments.runs)
-    cells = [f"{statistics.median(r):,.0f} ({min(r):,.0f} to {max(r):,.0f})" for r in (ours, theirs)]
-    gain = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-    print(f"| rollout, tokens/s, median (range) of {len(ours)} | {cells[0]} | {cells[1]} | {gain:.1f}x |")
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}\n")
+    print("| measurement | here | plain | here / plain |\n|---|---|---|---|")
+    setup = utils.set_up(GRPOConfig(model=TINY, device="cpu"), "float32")
+    *rates, lengths = rollout(setup, arguments.runs)
+    cells = [f"{statistics.median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f})" for values in rates]
+    gain = statistics.median(ours / theirs for ours, theirs in zip(*rates, strict=True))
+    print(f"| rollout, tokens/s, median (range) of {arguments.runs} | {cells[0]} | {cells[1]} | {gain:.1f} |")
 
-    memory = {}
-    for way in ("chunked", "materialized"):
-        command = [sys.executable, __file__, "--memory-of", way]
-        memory[way] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    ours, theirs = memory["chunked"], memory["materialized"]
-    assert abs(ours["sum"] / theirs["sum"] - 1) < 1e-4, "the two ways disagree"
-    cells = [f"{m['bytes'] / 2**30:.2f} GiB" for m in (ours, theirs)]
-    print(f"| scoring, peak extra memory | {cells[0]} | {cells[1]} | 1/{theirs['bytes'] / ours['bytes']:.0f} |")
-    cells = [f"{m['seconds']:.1f} s" for m in (ours, theirs)]
-    print(f"| scoring, time | {cells[0]} | {cells[1]} | {theirs['seconds'] / ours['seconds']:.1f}x |")
+    command = [sys.executable, __file__, "--completion-tokens", str(arguments.completion_tokens), "--score"]
+    chunked, plain = (
+        json.loads(subprocess.run([*command, way], check=True, capture_output=True, text=True).stdout)
+        for way in ("chunked", "all logits")
+    )
+    assert abs(chunked["sum"] / plain["sum"] - 1) < 1e-4, "the two ways disagree"
+    for name, key, form in (("peak memory added", "GiB", "{:.2f} GiB"), ("time", "seconds", "{:.1f} s")):
+        cells = [form.format(way[key]) for way in (chunked, plain)]
+        print(f"| scoring, {name} | {cells[0]} | {cells[1]} | {chunked[key] / plain[key]:.2f} |")
 
-    error, gap = first_pass()
-    print(f"| first pass, largest abs(ratio - 1), fp32 | {error:g} | | |")
-    print(f"| sampler to trainer, largest log-prob gap, fp32 | {gap:.1g} | | |")
-    print(f"\nlengths of completions: least, quartiles, most: {quartiles}")
+    print(f"\nlengths of completions: median {int(lengths.median())}, maximum {int(lengths.max())}")
 
 
 if __name__ == "__main__":
