@@ -227,7 +227,8 @@ class JSONLDataset(Problems):
     every tenth line of the file, which "train" then leaves out.
     """
 
-    def __init__(self, path, split):
+    @validate_call(config={"strict": True})
+    def __init__(self, path: str | Path, split: Split):
         path = Path(path)
         test_path = path.with_suffix(f".test{path.suffix}")
         file = test_path if split == "test" and test_path.is_file() else path
@@ -275,10 +276,11 @@ def make_dataset(name, split, arguments):
     if name in DATASETS:
         return DATASETS[name](split=split, **arguments)
     if name.endswith(".jsonl"):
-        return JSONLDataset(name, split)
+        return JSONLDataset(name, split, **arguments)
     raise UserError(f"dataset: {name!r}: expected one of {', '.join(DATASETS)}, or a path that ends in .jsonl")
 
 
 def __getattr__(name):
     """Explain the clash to code that expected Hugging Face's `datasets`, whose name this module has."""
-    raise AttributeError(f"{__file__} has no {name}: from this folder, Hugging Face datasets cannot be imported")
+    kind = AttributeError if name.startswith("__") else ImportError  # which `from datasets import` shows as it is
+    raise kind(f"{__file__} has no {name}: from this folder, Hugging Face datasets cannot be imported")

@@ -15,22 +15,23 @@ each row passes through W as usual, and then through A and B of its own member.
 Departures from the papers:
 - theta is kept in fp32, and the model's weights are rounded from it: with `gaussian` for each member anew, with
   `low_rank` once per step. The published code adds noise to bf16 weights in place and subtracts it again, which leaves
-  other weights than before, and adds updates to bf16 weights, which loses small ones.
+  different weights, and adds updates to bf16 weights, which loses small ones.
 - Each member's noise is one stream of random numbers over all parameters. The published code restarts the stream at
   every tensor, so that layers of one shape get the same noise.
 - Members of equal reward change nothing, exactly.
 - In bf16, `low_rank` decodes with A and B rounded to bf16; the update uses the unrounded ones.
 - `antithetic` (Salimans et al.) pairs each noise with its negative. Prompts are drawn anew in every step.
-- Both modes perturb linear weights, embeddings (with a tied head, once), biases and norm weights.
+
+Both modes perturb linear weights, embeddings (with a tied head, once), biases and norm weights.
 
     python es_train.py
     python es_train.py --config recipes/es_gsm8k_gaussian.yml
     python es_train.py perturbation=gaussian antithetic=true
     accelerate launch --num_processes 2 es_train.py      (on a CPU: torchrun --nproc_per_node 2 es_train.py)
 
-Where to change what: the fitness, `z_scores`; the noise, `noise_shapes`, `weighted_noise` and, in the forward pass,
-`Population`; the update, `update_master`; the order of things, `train`. Not here: decoding (generation.py), rewards
-(reward.py), logs and checkpoints (runs.py).
+Where to change what: the fitness of a member, `z_scores`; the distribution of the noise, `draw`; its form in a matrix,
+`noise_shapes`, `weighted_noise`, `Population`; the update, `update_master`; a metric, `metrics` in `train`; the loop,
+`train`. Not here: decoding (generation.py), rewards (reward.py), checkpoints and logs (runs.py).
 
 Letters in shapes: N members, M of them in a batch, K noises (N, or N / 2 in antithetic pairs), P prompts, r rank.
 """
@@ -88,10 +89,10 @@ class ESConfig(utils.RunConfig):
 
 
 def z_scores(rewards):
-    """z-scores of the members' mean rewards, (N,), float64. Equal rewards give exactly 0.
+    """z-scores (std over n) of the members' mean rewards, (N,), float64. ValueError for a reward that is not finite.
 
-    Compare rewards for equality instead of adding an epsilon: rounding can leave a tiny nonzero std, and so large
-    scores. ValueError for a reward that is not finite.
+    Equal rewards give exactly 0. Compare them instead of adding an epsilon: rounding can leave a tiny nonzero std, and
+    so large scores.
     """
     rewards = rewards.double()
     if not rewards.isfinite().all():
@@ -121,6 +122,7 @@ def noise_generators(seed, iteration, noises, num_noises, device):
 
 
 def draw(shape, generator):
+    """The noise, or one factor of it: mean 0, variance 1."""
     return torch.randn(shape, generator=generator, device=generator.device)
 
 
@@ -148,17 +150,6 @@ def update_master(master, shapes, generators, z, learning_rate, antithetic):
         weight.add_(total, alpha=learning_rate / len(z))
 
 
-def displacement(parameters, master, theta_0):
-    """||theta - theta_0||, and the slope of the model's displacement from theta_0 on the master's: 1 if no update was
-    lost to rounding. Arguments: {name: tensor} each."""
-    products = torch.zeros(2, device=next(iter(master.values())).device, dtype=torch.float64)
-    for name, start in theta_0.items():
-        intended, realised = master[name] - start.float(), parameters[name].float() - start.float()
-        products += torch.stack([intended.square().sum(), (intended * realised).sum()])
-    square, product = products.tolist()
-    return math.sqrt(square), product / square if square > 0 else 1.0
-
-
 # --- The population ---------------------------------------------------------------------------------------------------
 
 
@@ -178,8 +169,6 @@ def write_member(model, master, noise_scale, generator):
 
 def check_low_rank(model, rank):
     """UserError if Population has no hook for a module with parameters, or if a matrix is smaller than the rank."""
-    if not any(isinstance(module, nn.Linear) for module in model.modules()):
-        raise UserError(f"perturbation: low_rank, but {type(model).__name__} has no Linear layers; gaussian needs none")
     for path, module in model.named_modules():
         kind, has_weights = type(module).__name__, any(True for _ in module.parameters(recurse=False))
         # A subclass may do more than its parent: Gemma's embedding scales what it looks up.
@@ -301,10 +290,12 @@ def rollout(setup, master, shapes, problems, members, noise_scale, step, config)
 
 
 def update(master, shapes, step, z, learning_rate, config):
-    """The update of one step, in the master: made in training, and once more when the journal is replayed."""
-    K, device = config.num_noises, next(iter(master.values())).device
-    generators = noise_generators(config.seed, step, range(K), K, device)
-    update_master(master, shapes, generators, z, learning_rate, config.antithetic)
+    """The update of one step, in the master: made in training, and again when the journal is replayed. So it may depend
+    on nothing that the journal does not have. If all z are 0, it changes no bit."""
+    if any(z):
+        K, device = config.num_noises, next(iter(master.values())).device
+        generators = noise_generators(config.seed, step, range(K), K, device)
+        update_master(master, shapes, generators, z, learning_rate, config.antithetic)
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
@@ -321,7 +312,7 @@ def load_progress(path, states, setup, master, shapes, config):
     `states`, the journal's lines after it: the same weights, bit for bit."""
     if path:
         utils.load_weights(path / "model", master)
-    for state in states:
+    for state in states:  # state["step"] steps are done: the last one was step - 1, as `run.steps` counts
         update(master, shapes, state["step"] - 1, state["z"], state["learning_rate"], config)
     write_weights(setup.model, master)
 
@@ -329,8 +320,8 @@ def load_progress(path, states, setup, master, shapes, config):
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
-def train(config, setup, run, master, shapes, theta_0):
-    """The algorithm of the paper. master: {name: fp32 tensor}, theta; theta_0: where it started"""
+def train(config, setup, run, master, shapes):
+    """The algorithm of the paper. master: {name: fp32 tensor}, theta; shapes: see `noise_shapes`"""
     model, tokenizer, accelerator = setup.model, setup.tokenizer, setup.accelerator
     N, P = config.population_size, config.prompts_per_iteration
     members = range(N)[share(N, accelerator)]  # those of this process
@@ -350,35 +341,33 @@ def train(config, setup, run, master, shapes, theta_0):
                 completions = rollout(setup, master, shapes, problems, batch, noise_scale, step, config)
             with run.phase("reward"):
                 rows += score_completions(config.rewards, completions, tokenizer, problems * len(batch))
-        scores = gather_scores(rows, accelerator.device)  # {name: (N * P,)} of all processes, member after member
+        scores = gather_scores(rows, accelerator.device)  # of all processes, member after member: {name: (N * P,)}
         skipped = non_finite(scores)  # why this step makes no update, or None
 
         # 3. z-scores of the members' mean rewards R_n.
         rewards = scores["reward"].view(N, P).double().mean(dim=1)  # (N,)
         z = torch.zeros(N) if skipped else z_scores(rewards)
 
-        # 4. Update the fp32 master, and write the model's weights from it.
+        # 4. Update the fp32 master. Writing the model's weights from it also undoes the last member's noise.
         with run.phase("update"):
             update(master, shapes, step, z.tolist(), learning_rate, config)
             write_weights(model, master)
 
         # 5. Log.
-        distance, slope = displacement(dict(model.named_parameters()), master, theta_0)
-        ties = (rewards[:, None] == rewards).double()  # (N, N)
+        ties = (rewards[:, None] == rewards).double().fill_diagonal_(0)  # (N, N)
         metrics = {
             "es/reward_min": rewards.min(),
             "es/reward_mean": rewards.mean(),
             "es/reward_max": rewards.max(),
             "es/reward_std": rewards.std(correction=0),
-            "es/tie_rate": (ties.sum() - N) / (N * (N - 1)),
-            "es/distance": distance,
-            "es/update_slope": slope,
+            "es/tie_rate": ties.sum() / (N * (N - 1)),
             "es/noise_scale": noise_scale,
             "optim/learning_rate": learning_rate,
             "progress/prompts": (step + 1) * P,
         }
-        record = {"rewards": None if skipped else rewards.tolist(), "z": z.tolist()}
-        run.log(step, scores, metrics, skipped, **record, noise_scale=noise_scale, learning_rate=learning_rate)
+        # `load_progress` repeats the update from z and learning_rate.
+        record = {"z": z.tolist(), "learning_rate": learning_rate, "noise_scale": noise_scale}
+        run.log(step, scores, metrics, skipped, **record, rewards=None if skipped else rewards.tolist())
 
 
 def main(config):
@@ -391,13 +380,12 @@ def main(config):
         check_low_rank(model, config.rank)
     parameters = dict(model.named_parameters())  # a tied one once
     master = {name: parameter.float().clone() for name, parameter in parameters.items()}
-    theta_0 = {name: parameter.clone() for name, parameter in parameters.items()}
     shapes = noise_shapes(parameters, config.perturbation, config.rank)
     run = Run(
         config,
         setup,
         run_identity(config, setup),
-        config.num_iterations,
+        num_steps=config.num_iterations,
         step_text=f"{N} members x {P} prompts = {N * P:,} completions, {config.perturbation} noise",
         weights=master,
         evaluate=lambda: utils.evaluate(setup),
@@ -405,7 +393,7 @@ def main(config):
         load=lambda path, states: load_progress(path, states, setup, master, shapes, config),
         journal=True,
     )
-    train(config, setup, run, master, shapes, theta_0)
+    train(config, setup, run, master, shapes)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,20 @@ Then make K updates that raise the probability of good completions' tokens, with
     loss_t  = -min(ratio_t A, clip(ratio_t, 1 - clip_low, 1 + clip_high) A) + kl_weight * KL_t(pi || pi_ref)
 
 Departures from the paper:
-- The reference policy is the starting model throughout (the adapter switched off). The paper replaces it now and then.
+- The reference is the starting model (the adapter switched off); the paper replaces it periodically. kl_weight is 0.
 - loss_t is averaged over all completion tokens of the step (`loss_normalization: token`, DAPO, arXiv:2503.14476), not
   within each completion first (`sequence`). `constant` is Dr. GRPO, arXiv:2503.20783.
 - pi_old comes from the first training pass, not from the sampler: in the first of the K updates, ratio_t is exactly 1.
-- Groups of equal rewards have advantage 0, exactly, and are not computed on when kl_weight is 0.
+- Equal rewards in a group give advantages of exactly 0. Completions of advantage 0 are skipped when kl_weight is 0.
 
     python grpo_train.py
     python grpo_train.py --config recipes/grpo_gsm8k.yml
     python grpo_train.py learning_rate=2e-5 group_size=16 lora.rank=32
     accelerate launch --num_processes 2 grpo_train.py      (on a CPU: torchrun --nproc_per_node 2 grpo_train.py)
 
-Where to change what: the advantage, `group_advantages`; the loss, `policy_loss` and `token_weights`; what is trained,
-`make_policy`; the order of things, `train`. Not here: sampling and log-probs (generation.py), rewards (reward.py).
+Where to change what: the advantage, `group_advantages`; the loss, `policy_loss` and `token_weights`, put together in
+`micro_batch_loss`; what is trained, `make_policy`; a metric, `metrics` in `train` (per token: TOKEN_METRICS); the loop,
+`train`. Not here: sampling and log-probs (generation.py), rewards (reward.py), checkpoints and logs (runs.py).
 
 Letters in shapes: P prompts, G completions per prompt, B = P * G rows, b rows of a micro-batch, T tokens.
 """
@@ -100,9 +101,8 @@ MAX_LOG_RATIO = 20.0  # exp(20) is 5e8: beyond this a ratio says nothing more, a
 def group_advantages(rewards, scale):
     """Advantages (P, G) of rewards (P, G): reward minus its group's mean, over a standard deviation (section 4.1.2).
 
-    scale: "group" divides by the group's standard deviation, "batch" by that of all rewards, "none" by nothing
-    Equal rewards get exactly 0. Compare them instead of adding an epsilon: rounding can leave a tiny nonzero std, and
-    so advantages near 1.
+    scale: "group" divides by the group's standard deviation (over G - 1), "batch" by that of all rewards, "none" by 1
+    Equal rewards get exactly 0. Compare them instead of adding an epsilon: rounding can leave a tiny nonzero std.
     """
     rewards = rewards.double()
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
@@ -117,8 +117,7 @@ def group_advantages(rewards, scale):
 def token_weights(lengths, normalization, max_new_tokens):
     """Weight of each token of a row in the step's loss, (B,); the loss is the weighted sum over all tokens.
 
-    lengths: (B,) completion tokens of all rows of all processes, 0 for a row that is left out of the loss. So weights
-        do not depend on micro-batches or processes
+    lengths: (B,) completion tokens of all rows of all processes, 0 for a row that is left out of the loss
     normalization: "token" is the mean over tokens, "sequence" the mean over rows of the mean over their tokens,
         "constant" the sum over B * max_new_tokens
     """
@@ -141,7 +140,8 @@ def policy_loss(log_probs, old_log_probs, advantages, clip_low, clip_high, ratio
 
 
 def kl_estimate(log_probs, ref_log_probs):
-    """KL(pi || pi_ref) per token, (b, T), unbiased and never negative: exp(d) - d - 1, d = log(pi_ref / pi) (eq. 4)."""
+    """KL(pi || pi_ref) per token, (b, T), never negative: exp(d) - d - 1, d = log(pi_ref / pi) (eq. 4). Unbiased if the
+    tokens were sampled from pi, as in the first update."""
     d = (ref_log_probs - log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return d.exp() - d - 1
 
@@ -178,10 +178,8 @@ def make_policy(model, lora, gradient_checkpointing):
 @contextlib.contextmanager
 def merged_adapter(model):
     """The model with its adapter merged into the weights: the same policy in far fewer operations, to sample from.
-
-    Only on CPUs, where every operation costs, and in fp32: rounding the sum to bf16 would sample from another policy
-    than is trained. Not for adapters with biases, which PEFT cannot always merge.
-    """
+    Only on CPUs, where every operation costs, and in fp32: rounding the sum to bf16 would change the policy. Not for
+    adapters with biases, which PEFT cannot always merge."""
     is_fp32_on_cpu = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
     if not is_fp32_on_cpu or not isinstance(model, PeftModel) or model.peft_config["default"].lora_bias:
         yield
@@ -223,17 +221,14 @@ def checkpointed_layers(model):
         layer.training = False
 
 
-TOKEN_METRICS = ("ratio", "ratio_error", "kl_old", "kl_k1", "kl_k3", "clip_low", "clip_high", "entropy", "sampler_gap")
-EXTREMES = ("ratio", "ratio_error", "sampler_gap")  # of which minimum and maximum are logged too
-
 # --- Rollout and update -----------------------------------------------------------------------------------------------
 
 
 def rollout(policy, problems, uniforms, settings, accelerator):
     """G completions of each problem. uniforms: (P, G, max_new_tokens)"""
+    prompts, G = [problem.ids for problem in problems], uniforms.shape[1]
     with merged_adapter(policy), accelerator.autocast():
-        prompts = [problem.ids for problem in problems]
-        return generate(policy, prompts, settings, uniforms.shape[1], uniforms.flatten(0, 1))
+        return generate(policy, prompts, settings, num_samples=G, uniforms=uniforms.flatten(0, 1))
 
 
 @dataclasses.dataclass
@@ -271,9 +266,14 @@ def make_micro_batches(prompts, completions, advantages, weights, token_budget, 
     return micro_batches
 
 
+# What `micro_batch_loss` returns to log. A fixed list, so that all processes summarize the same names in one order.
+TOKEN_METRICS = ("ratio", "kl_old", "kl_k1", "kl_k3", "clip_low", "clip_high", "entropy", "sampler_gap")
+EXTREMES = ("ratio", "sampler_gap")  # of which minimum and maximum are logged too
+
+
 def micro_batch_loss(model, batch, config, frozen_copy, autocast):
     """One micro-batch's part of the step's loss, its KL part without gradient, and {name: (n,)} to log, one per token.
-    The first update computes the batch's old and reference log-probs."""
+    The first update records the batch's old log-probs, pi_old, and computes those of the reference."""
     with checkpointed_layers(model), autocast():
         log_probs, entropy = completion_log_probs(model, batch.ids, batch.mask, config.temperature)
     values = {"entropy": entropy}  # {name: (b, T)}
@@ -295,11 +295,9 @@ def micro_batch_loss(model, batch, config, frozen_copy, autocast):
         values |= {"kl_k1": log_probs - batch.ref_log_probs, "kl_k3": kl}
 
     ratio = ratio.detach()
-    if "sampler_gap" in values:
-        values["ratio_error"] = (ratio - 1).abs()
     values |= {
         "ratio": ratio,
-        "kl_old": ratio - 1 - ratio.log(),
+        "kl_old": ratio - 1 - ratio.log(),  # KL(pi_old || pi)
         "clip_low": (ratio < 1 - config.clip_low) & (A < 0),
         "clip_high": (ratio > 1 + config.clip_high) & (A > 0),
     }
@@ -310,8 +308,7 @@ def update(policy, optimizer, micro_batches, config, frozen_copy, accelerator, v
     """One optimizer step on the gradient of the whole step's loss, summed over micro-batches and processes.
 
     values: {name of TOKEN_METRICS: list of (n,)}, to which this update's are appended
-    Returns the loss and its KL part, (2,), the gradient's norm, and, if one of these is not finite, a description of
-    it; the policy then stays as it is.
+    Returns the loss and its KL part, (2,), the gradient's norm, and why no step was made if one of them is not finite.
     """
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     losses = torch.zeros(2, device=accelerator.device)
@@ -328,8 +325,8 @@ def update(policy, optimizer, micro_batches, config, frozen_copy, accelerator, v
     if is_finite:
         optimizer.step()
     optimizer.zero_grad()
-    problem = None if is_finite else f"the loss is {losses[0]:.3g}, the norm of its gradient {grad_norm:.3g}"
-    return losses, grad_norm, problem
+    failure = None if is_finite else f"the loss is {losses[0]:.3g}, the norm of its gradient {grad_norm:.3g}"
+    return losses, grad_norm, failure
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
@@ -361,55 +358,56 @@ def load_progress(path, setup, optimizer, weights):
 
 def train(config, setup, run, optimizer, frozen_copy=None):
     """The algorithm of the paper. frozen_copy: the reference policy, if it is not the policy without its adapter."""
-    policy, tokenizer, accelerator = setup.model, setup.tokenizer, setup.accelerator
+    policy, accelerator = setup.model, setup.accelerator
     P, G, K = config.prompts_per_step, config.group_size, config.updates_per_step
-    mine = share(P, accelerator)  # the prompts of this process
+    mine = share(P, accelerator)  # slice of the prompts that this process takes
     for step in run.steps():
-        # 1. Sample P prompts and, from the current policy, G completions of each.
+        # 1. Sample P prompts and, from the current policy, G completions of each. This process takes its share.
         with run.phase("rollout"):
             problems = draw_problems(setup.train_set, step, P, config.seed)[mine]
             generator = utils.seeded_generator(config.seed, "rollout", step)
-            uniforms = torch.rand(P, G, config.max_new_tokens, generator=generator)
+            uniforms = torch.rand(P, G, config.max_new_tokens, generator=generator)  # what tokens are sampled with
             completions = rollout(policy, problems, uniforms[mine], setup.settings, accelerator)
 
-        # 2. Score every completion. From here on, each process has the scores of all P * G.
+        # 2. Score every completion. Scores are those of all processes: {name: (P * G,)}.
         with run.phase("reward"):
-            problems = [problem for problem in problems for _ in range(G)]
-            scores = score_completions(config.rewards, completions, tokenizer, problems)
-            scores = gather_scores(scores, accelerator.device)  # {name: (B,)}
-            rewards = scores["reward"].view(P, G)
+            problem_of_row = [problem for problem in problems for _ in range(G)]
+            rows = score_completions(config.rewards, completions, setup.tokenizer, problem_of_row)
+            scores = gather_scores(rows, accelerator.device)
         skipped = non_finite(scores)  # why this step makes no update, or None
 
-        # 3. Advantages within each group, and the weight of each completion's tokens in the loss.
-        advantages = group_advantages(rewards, config.scale_advantages)  # (P, G)
-        lengths = scores["length"] * (1 - scores["truncated"]) if config.mask_truncated else scores["length"]
-        weights = token_weights(lengths, config.loss_normalization, config.max_new_tokens).view(P, G)
-        if config.kl_weight == 0:  # completions without advantage have no gradient: they count, but need no computing
-            weights = torch.where(advantages == 0, 0.0, weights)
+        # 3. Advantages within each group, and the weight of each completion's tokens in the loss, all (P, G).
+        rewards = scores["reward"].view(P, G)
+        advantages = group_advantages(rewards, config.scale_advantages)
+        lengths = scores["length"]  # (P * G,)
+        if config.mask_truncated:
+            lengths = lengths * (1 - scores["truncated"])
+        loss_weights = token_weights(lengths, config.loss_normalization, config.max_new_tokens).view(P, G)
+        if config.kl_weight == 0:  # the loss is proportional to the advantage: without one, a forward pass is wasted
+            loss_weights = torch.where(advantages == 0, 0.0, loss_weights)
 
-        # 4. K clipped policy-gradient updates on these completions.
+        # 4. K clipped policy-gradient updates. pi_old is the policy that the first one finds.
+        factor = schedule_factor(config.lr_schedule, step, config.num_steps, config.warmup_steps)
+        learning_rate = optimizer.param_groups[0]["lr"] = config.learning_rate * factor
+        losses, grad_norm, values = torch.zeros(2), 0.0, {name: [] for name in TOKEN_METRICS}
         with run.phase("update"):
-            factor = schedule_factor(config.lr_schedule, step, config.num_steps, config.warmup_steps)
-            learning_rate = optimizer.param_groups[0]["lr"] = config.learning_rate * factor
-            prompts = [problem.ids for problem in problems]
-            rows = prompts, completions, advantages[mine].flatten(), weights[mine].flatten()
-            batches = make_micro_batches(*rows, config.micro_batch_tokens, tokenizer.pad_token_id)
-            losses, grad_norm, values = torch.zeros(2), 0.0, {name: [] for name in TOKEN_METRICS}
-            for _ in range(K if weights.any() and not skipped else 0):
-                losses, grad_norm, skipped = update(
-                    policy, optimizer, batches, config, frozen_copy, accelerator, values
-                )
-                if skipped:
-                    break
+            prompts = [problem.ids for problem in problem_of_row]
+            local = prompts, completions, advantages[mine].flatten(), loss_weights[mine].flatten()
+            batches = make_micro_batches(*local, config.micro_batch_tokens, setup.settings.pad_id)
+            for _ in range(K if loss_weights.any() else 0):
+                if not skipped:
+                    losses, grad_norm, skipped = update(
+                        policy, optimizer, batches, config, frozen_copy, accelerator, values
+                    )
 
         # 5. Log.
-        tokens = utils.summarize(values, accelerator)  # {name: (mean, min, max)}
+        token_stats = utils.summarize(values, accelerator)  # {name: (mean, min, max)}
         metrics = {
             "reward/group_std": rewards.std(dim=1).mean(),
             "reward/equal_groups": (rewards.amax(1) == rewards.amin(1)).float().mean(),
-            **{f"policy/{name}": mean for name, (mean, _, _) in tokens.items()},
-            **{f"policy/{name}_min": low for name, (_, low, _) in tokens.items() if name in EXTREMES},
-            **{f"policy/{name}_max": high for name, (_, _, high) in tokens.items() if name in EXTREMES},
+            **{f"policy/{name}": mean for name, (mean, _, _) in token_stats.items()},
+            **{f"policy/{name}_min": low for name, (_, low, _) in token_stats.items() if name in EXTREMES},
+            **{f"policy/{name}_max": high for name, (_, _, high) in token_stats.items() if name in EXTREMES},
             "optim/loss": losses[0],
             "optim/kl_term": losses[1],
             "optim/grad_norm": grad_norm,
@@ -420,19 +418,18 @@ def train(config, setup, run, optimizer, frozen_copy=None):
 
 
 def main(config):
-    # Trained weights are fp32, whatever the rest is computed in: bf16 would round most updates away.
+    # Trained weights are fp32, as bf16 would round most updates away: PEFT keeps adapters of a bf16 model in fp32.
     weights_dtype = "float32" if config.lora is None else config.dtype
     decoding = {"temperature": config.temperature, "batch_size": config.generation_batch_size}
     setup = utils.set_up(config, weights_dtype, autocast=config.dtype == "bfloat16", **decoding)
     utils.check_chunked_head(setup.model)
-    identity = run_identity(config, setup)
+    identity = run_identity(config, setup)  # of the model without a new adapter
     setup.model = policy = make_policy(setup.model, config.lora, config.gradient_checkpointing)
-    weights = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
-    needs_copy = config.lora is None and config.kl_weight > 0
-    frozen_copy = copy.deepcopy(policy).requires_grad_(False) if needs_copy else None
-    optimizer = torch.optim.AdamW(weights.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    frozen_copy = copy.deepcopy(policy).requires_grad_(False) if config.lora is None and config.kl_weight else None
+    optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
 
-    def evaluate_policy():
+    def evaluate():
         with merged_adapter(policy):
             return utils.evaluate(setup)
 
@@ -442,10 +439,10 @@ def main(config):
         identity,
         num_steps=config.num_steps,
         step_text=f"{config.prompts_per_step} prompts x {config.group_size} completions",
-        weights=weights,
-        evaluate=evaluate_policy,
+        weights=trained,
+        evaluate=evaluate,
         save=lambda path: save_progress(path, setup, optimizer),
-        load=lambda path, _: load_progress(path, setup, optimizer, weights),
+        load=lambda path, _: load_progress(path, setup, optimizer, trained),
     )
     train(config, setup, run, optimizer, frozen_copy)
 

@@ -43,7 +43,7 @@ SECONDS_BETWEEN_LINES = 30  # where there is no terminal for a bar
 
 
 class Run:
-    """One training run: `for step in run.steps()` trains, `run.phase` times, `run.log` logs.
+    """One training run: `for step in run.steps()` trains, `run.phase` times, `run.log`, once per step, logs.
 
     identity: see `run_identity`; step_text: what a step consists of, for the banner
     weights: {name: tensor}, what is trained; evaluate(): see `utils.evaluate`
@@ -161,7 +161,7 @@ class Run:
             "time/step": seconds,
             **{f"time/{name}": value for name, value in self.seconds.items()},
             "throughput/tokens_per_second": num_tokens / seconds,
-            "throughput/rollout_tokens_per_second": num_tokens / self.seconds["rollout"],
+            "throughput/rollout_tokens_per_second": num_tokens / self.seconds.get("rollout", seconds),
             "progress/completions": (step + 1) * len(scores["length"]),
             "progress/generated_tokens": self.state["generated_tokens"],
             "progress/seconds": self.state["seconds"],

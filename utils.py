@@ -2,10 +2,10 @@
 
     config and command line    RunConfig, load_config, run_from_command_line
     set-up                     set_up: model, tokenizer, problems with their prompts
-    scores and evaluation      score_completions, evaluate
-    several processes          share, gather_scores, sum_gradients, summarize: all that a loop needs to know of them
-Another prompt: `encode_prompts`. Another metric of completions: `score_completions`. Not here: the decode loop
-(generation.py), folders, checkpoints and logs (runs.py), rewards (reward.py), either algorithm.
+    a step                     draw_problems, schedule_factor, seeded_generator; score_completions, non_finite; evaluate
+    several processes          share, gather_scores, sum_gradients, summarize
+To change prompts, edit `encode_prompts`; to add a metric of completions, `score_completions`, and `completion_metrics`
+in runs.py, which logs it. Not here: the decode loop (generation.py), folders, checkpoints and logs (runs.py), rewards.
 """
 
 import argparse

@@ -1,5 +1,5 @@
+import contextlib
 import dataclasses
-import itertools
 import math
 import os
 import subprocess
@@ -19,7 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 import es_train
 import grpo_train
-from utils import load_config, newest_checkpoint
+import runs
+from generation import DecodeSettings
+from runs import newest_checkpoint
+from utils import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 GSM8K = ROOT.parent / "shared" / "gsm8k"
@@ -37,10 +40,9 @@ def pytest_addoption(parser):
 def make_model(seed=0, dtype=torch.float32, family="qwen2", **settings):
     """A random model with grouped key-value heads, spread out enough that its samples do not collapse."""
     torch.manual_seed(seed)
-    config_class, model_class = {
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        "llama": (LlamaConfig, LlamaForCausalLM),
-    }[family]
+    config_class, model_class = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[
+        family
+    ]
     config = config_class(
         **{
             "vocab_size": VOCAB,
@@ -59,6 +61,10 @@ def make_model(seed=0, dtype=torch.float32, family="qwen2", **settings):
         }
     )
     return model_class(config).to(dtype).eval()
+
+
+def settings(max_new_tokens, stop_ids=(EOS,), pad_id=PAD, **more):
+    return DecodeSettings(max_new_tokens, list(stop_ids), pad_id, **more)
 
 
 @pytest.fixture
@@ -147,9 +153,22 @@ class Script:
 
     def train(self, folder, *overrides, stop_after=None):
         """A run in this process, asked to stop after so many steps."""
-        polls = itertools.count()
-        self.module.main(self.config(folder, *overrides), lambda: next(polls) == stop_after)
+        with pytest.MonkeyPatch.context() as patch:
+            if stop_after is not None:
+                patch.setattr(runs, "stop_signals", lambda: contextlib.nullcontext(Countdown(stop_after)))
+            self.module.main(self.config(folder, *overrides))
         return folder
+
+
+class Countdown:
+    """In place of the list of signals received: not empty when it is asked for the n-th time."""
+
+    def __init__(self, n):
+        self.left = n + 1
+
+    def __bool__(self):
+        self.left -= 1
+        return self.left == 0
 
 
 SCRIPTS = {

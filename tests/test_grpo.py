@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
-from conftest import EOS, PAD, make_model, random_prompts
+from accelerate import Accelerator
+from conftest import EOS, PAD, make_model, random_prompts, settings
 from peft import PeftModel
 
+from generation import completion_log_probs, generate
 from grpo_train import (
     GRPOConfig,
     LoRA,
@@ -21,10 +23,10 @@ from grpo_train import (
     micro_batch_loss,
     policy_loss,
     reference_policy,
-    row_weights,
-    summarize_tokens,
+    token_weights,
 )
-from utils import completion_log_probs, generate, load_model, make_accelerator, write_model
+from reward import UserError
+from utils import load_model, save_model, summarize
 
 MAX_NEW = 20
 
@@ -61,19 +63,19 @@ def test_equal_rewards_give_zero_advantage(reward, scale, group_size):
 # Weights and losses
 
 
-def test_row_weights_of_the_three_normalizations():
+def test_token_weights_of_the_three_normalizations():
     lengths = torch.tensor([4.0, 1.0, 0.0, 5.0])  # the third row is left out of the loss
     for normalization, expected in {
         "token": [1 / 10, 1 / 10, 0, 1 / 10],
         "sequence": [1 / 12, 1 / 3, 0, 1 / 15],  # 3 rows, each 1 / (3 * length) a token
         "constant": [1 / 80, 1 / 80, 0, 1 / 80],  # 4 rows of up to 20
     }.items():
-        torch.testing.assert_close(row_weights(lengths, normalization, MAX_NEW), torch.tensor(expected))
+        torch.testing.assert_close(token_weights(lengths, normalization, MAX_NEW), torch.tensor(expected))
 
 
 @pytest.mark.parametrize("normalization", ["token", "sequence", "constant"])
 def test_all_rows_truncated_gives_weight_zero(normalization):
-    assert torch.equal(row_weights(torch.zeros(4), normalization, MAX_NEW), torch.zeros(4))
+    assert torch.equal(token_weights(torch.zeros(4), normalization, MAX_NEW), torch.zeros(4))
 
 
 def test_clipped_surrogate_by_hand():
@@ -124,13 +126,13 @@ def test_log_ratio_of_100_stays_finite(gap):
 def rollout(model, group_size=4, seed=3):
     prompts = [prompt for prompt in random_prompts([3, 11, 6, 2]) for _ in range(group_size)]
     uniforms = torch.rand(len(prompts), MAX_NEW, generator=torch.Generator().manual_seed(seed))
-    return prompts, generate(model, prompts, MAX_NEW, [EOS, 5], PAD, uniforms=uniforms)
+    return prompts, generate(model, prompts, settings(MAX_NEW, [EOS, 5]), uniforms=uniforms)
 
 
 def step_gradient(model, config, rows_per_batch, prompts, completions, advantages, drift=0.0):
     """(gradient, loss, token summary) of one update with `rows_per_batch` rows a micro-batch."""
     lengths = completions.mask.sum(1).float()
-    weights = row_weights(lengths, config.loss_normalization, MAX_NEW)
+    weights = token_weights(lengths, config.loss_normalization, MAX_NEW)
     batches = []
     for first in range(0, len(prompts), rows_per_batch):
         chosen = torch.zeros_like(weights)
@@ -151,7 +153,7 @@ def step_gradient(model, config, rows_per_batch, prompts, completions, advantage
         for name, value in token_values.items():
             values.setdefault(name, []).append(value)
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
-    return gradient, total, summarize_tokens(values, make_accelerator("cpu", "float32"))
+    return gradient, total, summarize(values, Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize("normalization", ["token", "sequence", "constant"])
@@ -272,7 +274,7 @@ def test_sampling_with_the_adapter_merged_is_the_same_policy_and_leaves_no_trace
 
 def loss_of(model, config, frozen_copy=None):
     prompts, completions = rollout(model)
-    weights = row_weights(completions.mask.sum(1).float(), "token", MAX_NEW)
+    weights = token_weights(completions.mask.sum(1).float(), "token", MAX_NEW)
     (batch,) = make_micro_batches(prompts, completions, torch.linspace(-1, 1, 16), weights, 10**6, PAD)
     return micro_batch_loss(model, batch, config, frozen_copy, contextlib.nullcontext)
 
@@ -290,7 +292,7 @@ def test_dropout_never_enters_ratio_or_kl(tmp_path, checkpointing):
     adapted.train()
     model = make_policy(adapted, LoRA(rank=4, alpha=8, target_modules=["q_proj"]), checkpointing)
     loss, kl_term, values = loss_of(model, GRPOConfig(kl_weight=1.0))
-    assert values["ratio_error"].max() == 0
+    assert (values["ratio"] == 1).all()
     assert values["kl_k3"].abs().max() == values["kl_k1"].abs().max() == kl_term == 0
     assert values["sampler_gap"].max() < 1e-4
     with checkpointed_layers(model):
@@ -302,14 +304,14 @@ def test_first_pass_ratio_is_exactly_one_and_kl_exactly_zero_at_step_0():
         model = make_policy(make_model(), lora, False)
         frozen = None if lora else copy.deepcopy(model).requires_grad_(False)
         _, kl_term, values = loss_of(model, GRPOConfig(kl_weight=1.0), frozen)
-        assert values["ratio_error"].max() == 0
+        assert (values["ratio"] == 1).all()
         assert values["kl_k3"].abs().max() == kl_term == 0
 
 
 def test_old_log_probs_stay_those_of_the_first_update():
     model = make_policy(make_model(), LoRA(rank=4), False)
     prompts, completions = rollout(model)
-    weights = row_weights(completions.mask.sum(1).float(), "token", MAX_NEW)
+    weights = token_weights(completions.mask.sum(1).float(), "token", MAX_NEW)
     (batch,) = make_micro_batches(prompts, completions, torch.linspace(-1, 1, 16), weights, 10**6, PAD)
     config = GRPOConfig(kl_weight=1.0)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=10.0)
@@ -317,7 +319,7 @@ def test_old_log_probs_stay_those_of_the_first_update():
         loss, kl_term, values = micro_batch_loss(model, batch, config, None, contextlib.nullcontext)
         loss.backward()
         optimizer.step()
-        assert ("ratio_error" in values) == (update == 0)
+        assert ("sampler_gap" in values) == (update == 0)
         assert ((values["ratio"] - 1).abs().max() > 1e-3) == (update > 0)
         assert (kl_term > 0) == (update > 0)
 
@@ -394,23 +396,23 @@ def test_adapter_on_the_embeddings_is_copied_into_the_reference_too(tmp_path):
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        (LoRA(rank=8), "lora.rank: 8, expected 4, as in the adapter that training starts from"),
-        (LoRA(rank=4, alpha=7), "lora.alpha: 7, expected 32"),
-        (LoRA(rank=4, target_modules=["q_proj"]), r"lora.target_modules: \['q_proj'\], expected \['down_proj', "),
-        (None, "lora: None"),
+        (LoRA(rank=8), "lora: rank=8 .*: expected rank=4 .*, as in the adapter that training starts from"),
+        (LoRA(rank=4, alpha=7), "lora: .* alpha=7.0 .*: expected .* alpha=32.0 "),
+        (LoRA(rank=4, target_modules=["q_proj"]), r"lora: .*=\['q_proj'\]: expected .*=\['down_proj', "),
+        (None, "lora: None: expected rank=4 "),
     ],
 )
 def test_config_that_contradicts_the_adapter_is_refused(tmp_path, lora, message):
     make_model().save_pretrained(tmp_path / "base")
     base = load_model(str(tmp_path / "base"), "float32", "cpu")
     make_policy(base, LoRA(rank=4), False).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         make_policy(load_model(str(tmp_path / "adapter"), "float32", "cpu"), lora, False)
 
 
 @pytest.mark.parametrize("target", ["qq_proj", "mlp", "norm"])
 def test_target_that_is_no_linear_layer_is_named(target):
-    with pytest.raises(ValueError, match=f"lora.target_modules: '{target}', expected the name of linear layers"):
+    with pytest.raises(UserError, match=f"lora.target_modules: {target}: the model has no linear layer of that name"):
         make_policy(make_model(), LoRA(rank=4, target_modules=["q_proj", target]), False)
 
 
@@ -425,7 +427,24 @@ def test_saved_adapter_gives_the_trained_models_logits(tmp_path):
         def save_pretrained(self, folder):
             pass
 
-    write_model(model, Tokenizer(), tmp_path / "out")
+    save_model(model, Tokenizer(), tmp_path / "out")
     ids = torch.arange(10)[None]
     loaded = PeftModel.from_pretrained(load_model(str(tmp_path / "base"), "float32", "cpu"), tmp_path / "out")
     assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_sequence_ratio_is_the_exponential_of_the_mean_log_ratio_of_a_completions_tokens():
+    # Completion 1: two tokens, log-ratios 0.3 and -0.1, mean 0.1: ratio e^0.1 = 1.1052 on both, not e^0.3 and e^-0.1.
+    # Completion 2: one token, log-ratio 0.4: e^0.4 = 1.4918, clipped to 1.2. Positions outside of the mask hold 0.
+    log_probs = torch.tensor([[0.0, -0.7, -1.1], [0.0, 0.0, -0.6]], requires_grad=True)
+    old = torch.tensor([[0.0, -1.0, -1.0], [0.0, 0.0, -1.0]])
+    mask = torch.tensor([[False, True, True], [False, False, True]])
+    advantages = torch.tensor([[2.0], [3.0]])
+    loss, ratio = policy_loss(log_probs, old, advantages, 0.2, 0.2, "sequence", mask)
+    assert ratio[mask].tolist() == pytest.approx([1.1052, 1.1052, 1.4918], abs=1e-4)
+    assert loss[mask].tolist() == pytest.approx([-2.2103, -2.2103, -3.6], abs=1e-4)
+    # d loss / d log_prob of each of completion 1's two tokens, the loss summed over both: -2 * 2 * e^0.1 / 2.
+    (loss * mask).sum().backward()
+    assert log_probs.grad[mask].tolist() == pytest.approx([-2.2103, -2.2103, 0.0], abs=1e-4)
+    _, token_ratio = policy_loss(log_probs, old, advantages, 0.2, 0.2)
+    assert token_ratio[mask].tolist() == pytest.approx([1.3499, 0.9048, 1.4918], abs=1e-4)

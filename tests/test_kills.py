@@ -12,7 +12,7 @@ import time
 
 from conftest import SCRIPTS, assert_same_run
 
-from utils import checkpoint_folders, newest_checkpoint
+from runs import checkpoint_folders, newest_checkpoint
 
 KILLS = int(os.environ.get("KILLS", 30))
 LONG = {"grpo": ["num_steps=40", "checkpoint_every=3"], "es": ["num_iterations=40", "checkpoint_every=3"]}
@@ -27,7 +27,7 @@ def work_done(name, folder):
     """Steps that no kill may take away."""
     if name == "es":
         path = folder / "journal.jsonl"
-        return max(0, path.read_bytes().count(b"\n") - 2) if path.exists() else 0
+        return max(0, path.read_bytes().count(b"\n") - 1) if path.exists() else 0
     return max(checkpoint_folders(folder), default=0)
 
 

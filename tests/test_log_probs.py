@@ -5,8 +5,10 @@ import torch
 from conftest import PAD, make_model, oracle_log_probs, random_prompts
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import utils
-from utils import completion_log_probs
+import generation
+from generation import completion_log_probs
+from reward import UserError
+from utils import check_chunked_head, fingerprint
 
 
 def right_padded(rows, prompt_lengths, extra=0):
@@ -24,7 +26,7 @@ ROWS, STARTS = random_prompts([12, 5, 9, 30]), [4, 2, 8, 1]
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk", [1, 7, 10_000])
 def test_log_probs_and_entropy_equal_the_oracle(model, monkeypatch, temperature, chunk):
-    monkeypatch.setattr(utils, "MAX_LOGITS", chunk * model.config.vocab_size)
+    monkeypatch.setattr(generation, "MAX_LOGITS", chunk * model.config.vocab_size)
     ids, mask = right_padded(ROWS, STARTS)
     log_probs, entropy = (x.detach() for x in completion_log_probs(model, ids, mask, temperature))
     for i, (row, start) in enumerate(zip(ROWS, STARTS, strict=True)):
@@ -108,7 +110,7 @@ def test_bf16_model_gives_fp32_log_probs_close_to_the_oracle():
 
 @pytest.mark.parametrize("rows, starts", [(ROWS, STARTS), (GROUPS, GROUP_STARTS)], ids=["alone", "shared prompts"])
 def test_gradients_equal_those_of_plain_log_softmax(monkeypatch, rows, starts):
-    monkeypatch.setattr(utils, "MAX_LOGITS", 5 * 64)
+    monkeypatch.setattr(generation, "MAX_LOGITS", 5 * 64)
     ids, mask = right_padded(rows, starts)
     weights = torch.randn(ids.shape, generator=torch.Generator().manual_seed(0))
     gradients = []
@@ -150,7 +152,7 @@ def test_gradient_is_the_same_bit_for_bit_on_two_threads_every_time():
         for _ in range(20):
             model.zero_grad()
             completion_log_probs(model, ids, mask, 1.0)[0].sum().backward()
-            seen.add(utils.fingerprint({name: p.grad for name, p in model.named_parameters()}))
+            seen.add(fingerprint({name: p.grad for name, p in model.named_parameters()}))
     finally:
         torch.set_num_threads(num_threads)
     assert len(seen) == 1
@@ -158,7 +160,7 @@ def test_gradient_is_the_same_bit_for_bit_on_two_threads_every_time():
 
 def test_no_tensor_of_tokens_by_vocabulary_exists_forward_or_backward(monkeypatch):
     V, tokens_per_chunk = 5000, 8
-    monkeypatch.setattr(utils, "MAX_LOGITS", tokens_per_chunk * V)
+    monkeypatch.setattr(generation, "MAX_LOGITS", tokens_per_chunk * V)
     model = make_model(vocab_size=V)
     ids, mask = right_padded(random_prompts([64] * 4), [8] * 4)
     with LargestTensor() as largest:
@@ -174,5 +176,5 @@ def test_model_that_caps_its_logits_is_refused():
             out.logits = 0.5 * torch.tanh(out.logits / 0.5)
             return out
 
-    with pytest.raises(ValueError, match="does more to its logits than lm_head"):
-        utils.check_chunked_head(Capped(make_model().config).eval())
+    with pytest.raises(UserError, match="does more to its logits than lm_head"):
+        check_chunked_head(Capped(make_model().config).eval())

@@ -11,8 +11,9 @@ import time
 
 import pytest
 from conftest import SCRIPTS, wait_until
+from torch.utils.tensorboard import SummaryWriter
 
-from utils import CHARTS, Logger
+from runs import completion_table
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
 pytestmark = pytest.mark.skipif(
@@ -40,9 +41,8 @@ def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("logs")
     for name, script in SCRIPTS.items():
         run = script.train(folder / name / "run")
-    Logger(run, script.config(run), 10, 10**9).completions(
-        "completions", [{"prompt": HOSTILE, "answer": "7"}], [HOSTILE], 10
-    )
+    with SummaryWriter(run) as writer:
+        writer.add_text("completions", completion_table([{"prompt": HOSTILE, "answer": "7"}], [HOSTILE]), 10)
     arguments = [f"--logdir_spec=grpo:{folder / 'grpo'},es:{folder / 'es'}", "--port=0"]
     with open(folder / "log", "w") as log:
         server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", *arguments], stderr=log)
@@ -65,22 +65,21 @@ def browser(tmp_path_factory):
     driver.quit()
 
 
-def show(browser, address, page, *expected, unexpected="\0", screenshots=None):
-    """The text of a page, once in it is all that is expected, words or (words, how often), and not the unexpected."""
-    expected = [words if isinstance(words, tuple) else (words, 1) for words in expected]
+def show(browser, address, page, *expected, screenshots=None):
+    """The text of a page, once all that is expected is in it."""
     browser.get(f"{address}/#{page}")
     browser.refresh()
     limit = time.monotonic() + 30
     while True:
         text = " ".join(browser.execute_script(VISIBLE_TEXT).split())
-        missing = [words for words, times in expected if text.count(words) < times]
-        if (not missing and unexpected not in text) or time.monotonic() > limit:
+        missing = [words for words in expected if words not in text]
+        if not missing or time.monotonic() > limit:
             break
         time.sleep(0.2)
     if screenshots:
         time.sleep(2)  # curves are drawn last
         browser.save_screenshot(f"{screenshots}/{page}.png")
-    assert not missing and unexpected not in text, text[-2000:]
+    assert not missing, text[-2000:]
     return text
 
 
@@ -102,13 +101,6 @@ def test_scalars_are_grouped(address, browser, screenshots):
     text = re.sub(r"Page of \d+", "", text[text.index("Filter tags") :])
     headings = re.findall(r" (\w+) \d+(?= )", f"{text} ")
     assert headings == groups
-
-
-def test_charts_are_grouped_by_question_and_all_have_curves(address, browser, screenshots):
-    titles = [title for charts in CHARTS.values() for title in charts]
-    all_drawn = ("Matches (", len(titles))
-    expected = [*CHARTS, *titles, all_drawn]
-    show(browser, address, "custom_scalars", *expected, unexpected="Matches (0)", screenshots=screenshots)
 
 
 def test_completions_come_first_and_hostile_ones_are_shown_as_they_are(address, browser, screenshots):

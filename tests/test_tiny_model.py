@@ -10,9 +10,10 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from datasets import MathExprDataset, add, multiply, polynomial_text
+from generation import DecodeSettings, generate
 from grpo_train import GRPOConfig
 from reward import same_answer, strict_correct
-from utils import encode_prompts, generate, load_model, load_tokenizer, stop_ids
+from utils import completion_texts, encode_prompts, load_model, load_tokenizer, stop_ids
 
 TINY = ROOT / "tiny_model"
 
@@ -113,12 +114,12 @@ def test_base_model_can_what_it_mostly_does_not_show():
     # The card's figures are over 512 problems; 128 of them here, so the bounds are three standard errors wider.
     model, tokenizer = load_model(str(TINY), "float32", "cpu"), load_tokenizer(str(TINY))
     items = list(MathExprDataset("test"))[:128]
-    prompts = encode_prompts(tokenizer, [item["prompt"] for item in items], GRPOConfig().system_prompt)
-    stop, pad = stop_ids(model, tokenizer), tokenizer.pad_token_id
-    texts = generate(model, prompts, 96, stop, pad).texts(tokenizer)
+    prompts = encode_prompts(tokenizer, items, GRPOConfig().system_prompt)
+    settings = DecodeSettings(96, stop_ids(model, tokenizer), tokenizer.pad_token_id)
+    texts = completion_texts(generate(model, prompts, settings), tokenizer)
     greedy = sum(strict_correct(t, item["answer"]) for t, item in zip(texts, items, strict=True)) / 128
     uniforms = torch.rand(128 * 8, 96, generator=torch.Generator().manual_seed(0))
-    sampled = generate(model, prompts, 96, stop, pad, num_samples=8, uniforms=uniforms).texts(tokenizer)
+    sampled = completion_texts(generate(model, prompts, settings, 8, uniforms), tokenizer)
     solved = sum(any(strict_correct(t, items[i]["answer"]) for t in sampled[8 * i : 8 * i + 8]) for i in range(128))
     assert 0.10 < greedy < 0.60
     assert solved / 128 > 0.82

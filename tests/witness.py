@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
+import runs
 import utils
 
 folder, script, *arguments = sys.argv[1:]
 rank = os.environ.get("RANK", "0")
 seen = {"gradients": [], "weights": [], "evaluated": []}
 (Path(folder) / f"pid{rank}").write_text(str(os.getpid()))
-clip, agree, evaluate = torch.nn.utils.clip_grad_norm_, utils.check_processes_agree, utils.evaluate
+clip, commit, evaluate = torch.nn.utils.clip_grad_norm_, runs.Run._commit, utils.evaluate
 
 
 def witness_gradient(parameters, max_norm):
@@ -25,20 +26,19 @@ def witness_gradient(parameters, max_norm):
     return clip(parameters, max_norm)
 
 
-def witness_weights(weights, accelerator):
-    seen["weights"].append(weights)
-    agree(weights, accelerator)
+def witness_weights(run, save):
+    commit(run, save)
+    seen["weights"].append(run.state["weights"])
 
 
-def witness_evaluation(*arguments):
-    result = evaluate(*arguments)
-    seen["evaluated"].append([item["prompt"] for item in result["items"]])
-    return result
+def witness_evaluation(setup):
+    metrics, items, texts = evaluate(setup)
+    seen["evaluated"].append([item["prompt"] for item in items])
+    return metrics, items, texts
 
 
-# Before the script imports them.
 torch.nn.utils.clip_grad_norm_ = witness_gradient
-utils.check_processes_agree, utils.evaluate = witness_weights, witness_evaluation
+runs.Run._commit, utils.evaluate = witness_weights, witness_evaluation
 sys.argv = [script, *arguments]
 runpy.run_path(str(Path(utils.__file__).parent / script), run_name="__main__")
 (Path(folder) / f"seen{rank}.json").write_text(json.dumps(seen))

@@ -24,16 +24,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, get_sche
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
 
-from datasets import (  # noqa: E402
-    MathExprDataset,
-    add,
-    apply_operator,
-    expression_steps,
-    monomial_text,
-    polynomial_text,
-)
+from datasets import MathExprDataset, add, apply_operator, expression_steps, monomial_text, polynomial_text  # noqa: E402
+from generation import DecodeSettings, generate  # noqa: E402
 from reward import TAGS, lenient_correct, strict_correct  # noqa: E402
-from utils import encode_prompts, generate, load_model, load_tokenizer, seeded_generator, stop_ids  # noqa: E402
+from utils import completion_texts, encode_prompts, load_model, load_tokenizer, seeded_generator, stop_ids  # noqa: E402
 
 SYSTEM_PROMPT = "Think step by step in <think></think>, then answer in <answer></answer>."
 NUM_BATCHES = 3500
@@ -255,11 +249,13 @@ def measure(num_problems=512, num_samples=8):
     """Print the card's table: accuracy of the model in FOLDER on held-out problems, greedy and of samples at T = 1."""
     model, tokenizer = load_model(str(FOLDER), "float32", "cpu"), load_tokenizer(str(FOLDER))
     items = list(MathExprDataset("test"))[:num_problems]
-    prompts = encode_prompts(tokenizer, [item["prompt"] for item in items], SYSTEM_PROMPT)
-    arguments = (model, prompts, 96, stop_ids(model, tokenizer), tokenizer.pad_token_id)
+    prompts = encode_prompts(tokenizer, items, SYSTEM_PROMPT)
+    settings = DecodeSettings(96, stop_ids(model, tokenizer), tokenizer.pad_token_id)
     uniforms = torch.rand(num_problems * num_samples, 96, generator=seeded_generator(SEED, "measure"))
-    greedy = generate(*arguments).texts(tokenizer)
-    sampled = generate(*arguments, num_samples=num_samples, uniforms=uniforms).texts(tokenizer)
+    greedy, sampled = (
+        completion_texts(generate(model, prompts, settings, *sampling), tokenizer)
+        for sampling in ((), (num_samples, uniforms))
+    )
     print(f"| {num_problems} held-out problems | strict | lenient |\n|---|---|---|")
     rows = {"greedy": [], "pass@1, T = 1": [], f"pass@{num_samples}, T = 1": []}
     for correct in (strict_correct, lenient_correct):
