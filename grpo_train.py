@@ -14,7 +14,7 @@ Departures from the paper:
 - The reference is the starting model (the adapter switched off); the paper replaces it periodically. kl_weight is 0.
 - loss_t is averaged over all completion tokens of the step (`loss_normalization: token`, DAPO, arXiv:2503.14476), not
   within each completion first (`sequence`). `constant` is Dr. GRPO, arXiv:2503.20783.
-- pi_old comes from the first training pass, not from the sampler: in the first of the K updates, ratio_t is exactly 1.
+- pi_old comes from the first training pass, not from the sampler: in the first update, ratio_t is exactly 1.
 - Equal rewards in a group give advantages of exactly 0. Completions of advantage 0 are skipped when kl_weight is 0.
 
     python grpo_train.py
@@ -80,10 +80,9 @@ class GRPOConfig(utils.RunConfig):
     warmup_steps: int = Field(5, ge=0)
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
-    # Memory and speed
+    # Memory and speed, logs
     micro_batch_tokens: PositiveInt = 4096
     generation_batch_size: PositiveInt = 256
-    # Logs
     log_dir: str = "grpo_logs"
 
     @model_validator(mode="after")
@@ -198,7 +197,7 @@ def merged_adapter(model):
 
 @contextlib.contextmanager
 def reference_policy(model, frozen_copy):
-    """The model to compute reference log-probs with: the weights that training started from."""
+    """The model to compute reference log-probs with: what training started from."""
     if frozen_copy is not None:
         yield frozen_copy
     elif "reference" in model.peft_config:

@@ -258,8 +258,7 @@ def load_tokenizer(name, cache_dir=None):
 def stop_ids(model, tokenizer):
     """All ids that end a completion: those in the model's generation config, and the tokenizer's end token."""
     ids = model.generation_config.eos_token_id
-    ids = ids if isinstance(ids, list) else [ids]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
 
 
 @torch.no_grad()
