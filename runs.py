@@ -17,6 +17,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -83,6 +84,8 @@ class Run:
     def _open_tensorboard(self):
         """A second TensorBoard run in `by_tokens` has accuracy over its cost: its steps are thousands of generated
         tokens, its clock is seconds of training. What was logged after the state to resume from is purged."""
+        # A full disk raises in the writers' threads, and then in `flush`: once is enough.
+        threading.excepthook = lambda args: issubclass(args.exc_type, OSError) or threading.__excepthook__(args)
         last_step, last_thousand = self.state.get("step", -1), self.state.get("generated_tokens", -1000) // 1000
         self.tensorboard = SummaryWriter(self.folder, purge_step=last_step + 1, flush_secs=10**9)
         self.by_tokens = SummaryWriter(self.folder / "by_tokens", purge_step=last_thousand + 1, flush_secs=10**9)
@@ -413,8 +416,11 @@ def find_progress(folder, identity, journal):
 def write_file(path, text):
     """Write a file that is complete, or as it was before."""
     partial = Path(f"{path}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

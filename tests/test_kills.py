@@ -56,9 +56,14 @@ def test_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path,
 
     done = []
     for _ in range(KILLS):
-        process = start("killed")
+        process, before = start("killed"), work_done(name, tmp_path / "killed")
         # Before anything is written, or some steps further on, so that the kills spread over the run.
-        process.join(rng.choice([rng.uniform(0.0, start_up), start_up + rng.uniform(0.0, 0.15 * training)]))
+        if rng.random() < 0.5:
+            process.join(rng.uniform(0.0, start_up))
+        else:
+            while process.is_alive() and work_done(name, tmp_path / "killed") == before:
+                time.sleep(0.001)
+            process.join(rng.uniform(0.0, 0.05 * training))
         process.kill()
         process.join()
         assert process.exitcode in (-signal.SIGKILL, 0)  # an error would be 1: every run started, or was killed before
