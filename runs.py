@@ -397,6 +397,7 @@ def find_progress(folder, identity, journal):
     """
     if not (folder / "identity.json").is_file():
         write_file(folder / "identity.json", json.dumps(identity))
+        return {}, None, []
     theirs = json.loads((folder / "identity.json").read_text())
     for key in identity | theirs:
         ours, other = identity.get(key), theirs.get(key)
@@ -408,6 +409,7 @@ def find_progress(folder, identity, journal):
     if not states and not checkpoint:
         if checkpoint_folders(folder):
             raise UserError(f"resume: {folder / 'checkpoints'}: there is no undamaged checkpoint to resume from")
+        print(f"resume: {folder}: nothing was saved yet: starting from step 0")
         return {}, None, []
     path, state = checkpoint or (None, {"step": 0})
     return states[-1] if states else state, path, states[state["step"] + 1 :]

@@ -161,7 +161,7 @@ def sick_reward(tmp_path, monkeypatch):
 ONE_CALL_A_STEP = ["rewards={accuracy: 1.0, 'sick_reward:f': 1.0}", "checkpoint_every=1", "keep_checkpoints=9"]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_reward_that_is_not_finite_skips_the_step_and_is_said_counted_and_logged(
     tmp_path, capsys, script, sick_reward, value
 ):
