@@ -7,7 +7,6 @@ A new dataset is a class here with an entry in DATASETS; `dataset_args` in the c
 pydantic checks. Not here: how a problem becomes a prompt (utils.py), how an answer is judged (reward.py).
 """
 
-import ast
 import hashlib
 import itertools
 import json
@@ -16,7 +15,6 @@ import zlib
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from pydantic import Field, PositiveInt, validate_call
 from torch.utils import data
@@ -24,6 +22,9 @@ from torch.utils import data
 from reward import UserError
 
 Split = Literal["train", "test"]
+
+
+PRECEDENCE = {"+": 1, "-": 1, "*": 2}
 
 
 def random_expression(rng, num_operators, max_integer):
@@ -37,12 +38,18 @@ def random_expression(rng, num_operators, max_integer):
 
 
 def expression_text(tree):
-    """The tree in writing, with only the parentheses that it needs: ("*", ("+", 1, 2), 3) is "(1+2)*3"."""
+    """The tree in writing, with only the parentheses that precedence asks for: ("*", ("+", 1, 2), 3) is "(1+2)*3"."""
     if isinstance(tree, int):
         return str(tree)
     operator, left, right = tree
-    text = f"({expression_text(left)}){operator}({expression_text(right)})"
-    return ast.unparse(ast.parse(text)).replace(" ", "")
+    precedence = PRECEDENCE[operator]
+    left_text, right_text = expression_text(left), expression_text(right)
+    if not isinstance(left, int) and PRECEDENCE[left[0]] < precedence:
+        left_text = f"({left_text})"
+    # a-(b+c) needs its parentheses and so, to be read as the tree it is, does a+(b+c): operators group to the left.
+    if not isinstance(right, int) and PRECEDENCE[right[0]] <= precedence:
+        right_text = f"({right_text})"
+    return f"{left_text}{operator}{right_text}"
 
 
 def apply_operator(operator, left, right):
@@ -61,7 +68,11 @@ def expression_steps(tree, apply=apply_operator):
 
 
 def multiply(a, b):
-    return np.convolve(a, b).tolist()
+    product = [0] * (len(a) + len(b) - 1)
+    for i, a_i in enumerate(a):
+        for j, b_j in enumerate(b):
+            product[i + j] += a_i * b_j
+    return product
 
 
 def add(a, b):
