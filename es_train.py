@@ -373,6 +373,7 @@ def train(config, setup, run, master, shapes):
 def main(config):
     N, P = config.population_size, config.prompts_per_iteration
     setup = utils.set_up(config, config.dtype, batch_size=config.population_batch * P)
+    share(N, setup.accelerator)  # enough members for all processes
     if isinstance(setup.model, PeftModel):
         setup.model = setup.model.merge_and_unload()
     model = setup.model.requires_grad_(False)
@@ -381,10 +382,11 @@ def main(config):
     parameters = dict(model.named_parameters())  # a tied one once
     master = {name: parameter.float().clone() for name, parameter in parameters.items()}
     shapes = noise_shapes(parameters, config.perturbation, config.rank)
+    device = {"kind of device": setup.accelerator.device.type}  # noise depends on it
     run = Run(
         config,
         setup,
-        run_identity(config, setup),
+        run_identity(config, setup) | device,
         num_steps=config.num_iterations,
         step_text=f"{N} members x {P} prompts = {N * P:,} completions, {config.perturbation} noise",
         weights=master,

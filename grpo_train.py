@@ -421,6 +421,7 @@ def main(config):
     weights_dtype = "float32" if config.lora is None else config.dtype
     decoding = {"temperature": config.temperature, "batch_size": config.generation_batch_size}
     setup = utils.set_up(config, weights_dtype, autocast=config.dtype == "bfloat16", **decoding)
+    share(config.prompts_per_step, setup.accelerator)  # enough prompts for all processes
     utils.check_chunked_head(setup.model)
     identity = run_identity(config, setup)  # of the model without a new adapter
     setup.model = policy = make_policy(setup.model, config.lora, config.gradient_checkpointing)

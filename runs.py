@@ -25,14 +25,13 @@ from pathlib import Path
 import filelock
 import numpy as np
 import torch
-import yaml
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from reward import UserError, lenient_correct, strict_correct
-from utils import fingerprint, one_line, save_model
+from utils import config_text, fingerprint, one_line, save_model
 
 # Keys that may change when a run is resumed. The model may have moved: its weights are compared instead.
 FREE_KEYS = {"model", "cache_dir", "device", "cuda_graphs", "gradient_checkpointing", "micro_batch_tokens"}
@@ -84,8 +83,12 @@ class Run:
     def _open_tensorboard(self):
         """A second TensorBoard run in `by_tokens` has accuracy over its cost: its steps are thousands of generated
         tokens, its clock is seconds of training. What was logged after the state to resume from is purged."""
-        # A full disk raises in the writers' threads, and then in `flush`: once is enough.
-        threading.excepthook = lambda args: issubclass(args.exc_type, OSError) or threading.__excepthook__(args)
+
+        def print_unless_writer(args):  # a full disk raises in a writer's thread, and then in `flush`: once is enough
+            if type(args.thread).__name__ != "_AsyncWriterThread":
+                threading.__excepthook__(args)
+
+        threading.excepthook = print_unless_writer
         last_step, last_thousand = self.state.get("step", -1), self.state.get("generated_tokens", -1000) // 1000
         self.tensorboard = SummaryWriter(self.folder, purge_step=last_step + 1, flush_secs=10**9)
         self.by_tokens = SummaryWriter(self.folder / "by_tokens", purge_step=last_thousand + 1, flush_secs=10**9)
@@ -129,7 +132,7 @@ class Run:
                 if is_last or (step + 1) % self.config.eval_every == 0:
                     self.state["after"] = self._evaluate()
                 self._commit(save=is_last or (step + 1) % self.config.checkpoint_every == 0)
-        self._finish()
+            self._finish()
 
     @contextlib.contextmanager
     def phase(self, name):
@@ -186,7 +189,8 @@ class Run:
     def say(self, text):
         """Print a line above the progress bar, from the first process only."""
         if self.is_main:
-            tqdm.write(text)
+            with contextlib.suppress(OSError):  # whoever reads the output may have gone
+                tqdm.write(text)
 
     def _show_progress(self, metrics):
         rate = tqdm.format_sizeof(float(metrics["throughput/tokens_per_second"]))
@@ -345,10 +349,6 @@ def print_summary(before, after, num_problems):
         print(f"    {name:8}{'  ->  '.join(cells)}")
 
 
-def config_text(config):
-    return yaml.safe_dump(config.model_dump(), sort_keys=False)
-
-
 def resume_command(folder):
     processes = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
     launcher = "python" if processes == "1" else f"torchrun --nproc_per_node {processes}"
@@ -361,19 +361,23 @@ def open_folder(config):
     Returns the folder, the config that resumes the run, and the lock.
     """
     folder = Path(config.log_dir) / (config.run_name or time.strftime("%Y-%m-%d_%H-%M-%S"))
-    is_run = (folder / "identity.json").is_file() and config.run_name and config.resume == "auto"
+    lock = filelock.FileLock(folder / "lock", timeout=0, is_singleton=True)
     traces = {"lock", "identity.json.partial"}  # all that a kill in the first moment leaves
-    if folder.exists() and not is_run and set(os.listdir(folder)) - traces:
-        raise UserError(f"run_name: {folder} exists already; choose another name or delete it")
     try:
+        is_run = (folder / "identity.json").is_file() and config.run_name and config.resume == "auto"
+        if folder.exists() and not is_run and set(os.listdir(folder)) - traces:
+            raise UserError(f"run_name: {folder} exists already; choose another name or delete it")
         folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / "lock", timeout=0, is_singleton=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"log_dir, run_name: {folder} cannot be made: {one_line(error)}") from None
+    try:
         lock.acquire()
     except filelock.Timeout:
         raise UserError(f"run_name: {folder} is being written by another process") from None
-    except OSError as error:
-        raise UserError(f"log_dir: {folder} cannot be made: {one_line(error)}") from None
-    return folder, config.model_copy(update={"run_name": folder.name, "resume": "auto"}), lock
+    except OSError as error:  # a file system without locks
+        print(f"warning: {folder} cannot be locked against a second run in it: {error}")
+    paths = {"log_dir": str(folder.parent), "run_name": folder.name, "resume": "auto"}
+    return folder, config.model_copy(update=paths), lock
 
 
 def run_identity(config, setup):
@@ -381,11 +385,13 @@ def run_identity(config, setup):
     values = {key: value for key, value in config.model_dump().items() if key not in FREE_KEYS}
     if all(value == "constant" for key, value in values.items() if key.endswith("_schedule")):
         values = {key: value for key, value in values.items() if key not in ("num_steps", "num_iterations")}
-    problems = json.dumps([[p.ids, p.item] for p in setup.train_set + setup.test_set], default=str).encode()
+    problems = json.dumps(
+        [[p.ids, p.item] for p in setup.train_set + setup.test_set], default=lambda x: type(x).__name__
+    )
     return {
         "script": type(config).__name__,
         **values,
-        "problems": f"{zlib.crc32(problems):08x}",
+        "problems": f"{zlib.crc32(problems.encode()):08x}",
         "starting weights": fingerprint(dict(setup.model.named_parameters())),
     }
 
@@ -395,22 +401,24 @@ def find_progress(folder, identity, journal):
 
     ({}, None, []) if nothing is done yet. UserError if the folder holds another run than `identity` says.
     """
-    if not (folder / "identity.json").is_file():
-        write_file(folder / "identity.json", json.dumps(identity))
-        return {}, None, []
-    theirs = json.loads((folder / "identity.json").read_text())
-    for key in identity | theirs:
+    states, file = read_journal(folder / "journal.jsonl"), folder / "identity.json"
+    theirs = json.loads(file.read_text()) if file.is_file() else identity
+    is_new = not states and not checkpoint_folders(folder)  # a run that ended this early may start with other keys
+    for key in ["script"] if is_new else identity | theirs:
         ours, other = identity.get(key), theirs.get(key)
         if ours != other:
             started = f"that run was started with {other!r}; another run needs another run_name"
             raise UserError(f"resume: {folder}: {key}: {ours!r}, but {started}")
-    states = read_journal(folder / "journal.jsonl") if journal else []
-    checkpoint = newest_checkpoint(folder, len(states) - 1 if journal else math.inf)
-    if not states and not checkpoint:
-        if checkpoint_folders(folder):
-            raise UserError(f"resume: {folder / 'checkpoints'}: there is no undamaged checkpoint to resume from")
-        print(f"resume: {folder}: nothing was saved yet: starting from step 0")
+    if is_new:
+        if file.is_file():
+            print(f"resume: {folder}: nothing was saved yet: starting from step 0")
+        write_file(file, json.dumps(identity))
         return {}, None, []
+    checkpoint = newest_checkpoint(folder, len(states) - 1 if journal else math.inf)
+    if journal and not states:
+        raise UserError(f"resume: {folder / 'journal.jsonl'} is empty or missing, though this run had begun")
+    if not states and not checkpoint:
+        raise UserError(f"resume: {folder / 'checkpoints'}: there is no undamaged checkpoint to resume from")
     path, state = checkpoint or (None, {"step": 0})
     return states[-1] if states else state, path, states[state["step"] + 1 :]
 
@@ -435,8 +443,9 @@ def whole_folder(folder):
         partial.mkdir(parents=True)
         yield partial
         if folder.exists():
-            shutil.rmtree(folder.rename(old))
+            folder.rename(old)
         partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -457,9 +466,12 @@ def save_checkpoint(folder, state, keep, write):
     saved = checkpoint_folders(folder)
     later = [path for other, path in saved.items() if other > step]  # damaged, or of steps that were lost
     for path in later + [path for other, path in saved.items() if other <= step][keep:]:
-        path.rename(f"{path}.partial")  # first, so that half of it is never taken for a checkpoint
+        try:
+            path.rename(f"{path}.partial")  # first, so that half of it is never taken for a checkpoint
+        except OSError as error:
+            print(f"warning: {path} cannot be removed: {error}")
     for path in checkpoints.glob("*.partial"):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def digests(folder):
@@ -478,7 +490,7 @@ def read_state(path):
         saved, found = json.loads((path / "sha256.json").read_text()), digests(path)
     except (OSError, ValueError):
         raise UserError(f"{path / 'sha256.json'} is damaged or missing") from None
-    for name in saved | found | {"state.json": None}:
+    for name in saved | {"state.json": None}:
         if name not in saved or saved[name] != found.get(name):
             raise UserError(f"{path / name} is damaged or missing")
     return json.loads((path / "state.json").read_text())

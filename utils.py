@@ -82,9 +82,17 @@ class _Loader(yaml.SafeLoader):
     """YAML in which 1e-5 is a number."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """YAML in which the text "1e-5" is quoted."""
+
+
+for kind in (_Loader, _Dumper):
+    number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+    kind.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+
+
+def config_text(config):
+    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False)
 
 
 def one_line(error):
@@ -96,7 +104,8 @@ def load_config(config_class, path, overrides=()):
     Missing keys take their defaults. UserError, in one line with file, key, value and expectation."""
     source = path
     try:
-        values = yaml.load(Path(path).read_text("utf-8-sig"), _Loader) or {}
+        values = yaml.load(Path(path).read_text("utf-8-sig"), _Loader)
+        values = {} if values is None else values
         for override in overrides:
             source = f"command line: {override}"
             key, equals, text = override.partition("=")

@@ -335,7 +335,7 @@ def test_checkpoint_is_saved_though_an_old_one_cannot_be_removed(tmp_path, monke
         if not ignore_errors:
             raise OSError(13, "Permission denied")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="Permission denied"):
+    with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", refuse)
         save_small(tmp_path, 3)
     assert list(checkpoint_folders(tmp_path)) == [3, 2]
