@@ -369,7 +369,7 @@ def open_folder(config):
             raise UserError(f"run_name: {folder} exists already; choose another name or delete it")
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"log_dir, run_name: {folder} cannot be made: {one_line(error)}") from None
+        raise UserError(f"log_dir: {folder} cannot be made: {one_line(error)}") from None
     try:
         lock.acquire()
     except filelock.Timeout:
