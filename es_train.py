@@ -321,7 +321,7 @@ def load_progress(path, states, setup, master, shapes, config):
 
 
 def train(config, setup, run, master, shapes):
-    """The algorithm of the paper. master: {name: fp32 tensor}, theta; shapes: see `noise_shapes`"""
+    """Run the algorithm of the paper. master: {name: fp32 tensor}, theta; shapes: see `noise_shapes`"""
     model, tokenizer, accelerator = setup.model, setup.tokenizer, setup.accelerator
     N, P = config.population_size, config.prompts_per_iteration
     members = range(N)[share(N, accelerator)]  # those of this process
@@ -382,7 +382,7 @@ def main(config):
     parameters = dict(model.named_parameters())  # a tied one once
     master = {name: parameter.float().clone() for name, parameter in parameters.items()}
     shapes = noise_shapes(parameters, config.perturbation, config.rank)
-    device = {"kind of device": setup.accelerator.device.type}  # noise depends on it
+    device = {"kind of device": setup.accelerator.device.type}  # CPUs and GPUs draw different noise
     run = Run(
         config,
         setup,

@@ -1,9 +1,9 @@
-"""What is sampled and how it is scored: the decode loop, and the log-probs of completions.
+"""Sampling and scoring: the decode loop, and the log-probs of completions.
 
     generate               one decode loop for rollouts, ES populations and evaluation; `sample` draws the tokens
     completion_log_probs   log-probs and entropy of completion tokens, with gradients, for GRPO's loss
-A new sampling rule: `sample`, and the same rule in `completion_log_probs`, or the two policies differ. Not here:
-prompts and what completions are worth (utils.py), GRPO's loss, the noise that ES adds by forward hooks.
+To change the sampling rule, edit `sample`, and `completion_log_probs` in the same way, or the policy that is trained is
+not the one that was sampled. Not here: prompts and scores (utils.py), GRPO's loss, the noise that ES adds by hooks.
 
 Letters in shapes: P prompts, G completions per prompt, B = P * G rows, T tokens, V vocabulary, D hidden size.
 """
@@ -105,7 +105,7 @@ def sample(logits, uniforms, temperature):
 
 @dataclasses.dataclass
 class DecodeSettings:
-    """What stays the same in all generation of a run. Nothing else shapes the distribution that is sampled."""
+    """The settings shared by all generation of a run. Nothing else shapes the distribution that is sampled."""
 
     max_new_tokens: int
     stop_ids: list[int]  # tokens that end a completion; the model's generation_config is not read otherwise
@@ -198,7 +198,7 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
     rows = part.start * num_samples + torch.arange(P * num_samples, device=device)  # those in the batch
     on_rows(rows // num_samples)
 
-    # Steps change tensors in place and take their place from tensors: a CUDA graph of one step is the next one too.
+    # A step changes tensors in place and reads its position from tensors, so that a CUDA graph can replay it.
     column, slots = (
         torch.zeros(1, dtype=torch.long, device=device),
         torch.arange(attention_mask.shape[1], device=device),

@@ -11,7 +11,7 @@ Then make K updates that raise the probability of good completions' tokens, with
     loss_t  = -min(ratio_t A, clip(ratio_t, 1 - clip_low, 1 + clip_high) A) + kl_weight * KL_t(pi || pi_ref)
 
 Departures from the paper:
-- The reference is the starting model (the adapter switched off); the paper replaces it periodically. kl_weight is 0.
+- The reference is the starting model (adapter off), and the paper replaces it periodically. By default kl_weight is 0.
 - loss_t is averaged over all completion tokens of the step (`loss_normalization: token`, DAPO, arXiv:2503.14476), not
   within each completion first (`sequence`). `constant` is Dr. GRPO, arXiv:2503.20783.
 - pi_old comes from the first training pass, not from the sampler: in the first update, ratio_t is exactly 1.
@@ -54,7 +54,9 @@ from utils import draw_problems, gather_scores, non_finite, schedule_factor, sco
 class LoRA(utils.Config):
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32.0
-    target_modules: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    target_modules: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
+    )
 
 
 class GRPOConfig(utils.RunConfig):
@@ -265,7 +267,7 @@ def make_micro_batches(prompts, completions, advantages, weights, token_budget, 
     return micro_batches
 
 
-# What `micro_batch_loss` returns to log. A fixed list, so that all processes summarize the same names in one order.
+# Logged by `micro_batch_loss`. The list is fixed because all processes must summarize the same names in one order.
 TOKEN_METRICS = ("ratio", "kl_old", "kl_k1", "kl_k3", "clip_low", "clip_high", "entropy", "sampler_gap")
 EXTREMES = ("ratio", "sampler_gap")  # of which minimum and maximum are logged too
 
@@ -356,10 +358,10 @@ def load_progress(path, setup, optimizer, weights):
 
 
 def train(config, setup, run, optimizer, frozen_copy=None):
-    """The algorithm of the paper. frozen_copy: the reference policy, if it is not the policy without its adapter."""
+    """Run the algorithm of the paper. frozen_copy: the reference policy, if there is no adapter to switch off."""
     policy, accelerator = setup.model, setup.accelerator
     P, G, K = config.prompts_per_step, config.group_size, config.updates_per_step
-    mine = share(P, accelerator)  # slice of the prompts that this process takes
+    mine = share(P, accelerator)  # the slice of the prompts that this process takes
     for step in run.steps():
         # 1. Sample P prompts and, from the current policy, G completions of each. This process takes its share.
         with run.phase("rollout"):
@@ -382,10 +384,10 @@ def train(config, setup, run, optimizer, frozen_copy=None):
         if config.mask_truncated:
             lengths = lengths * (1 - scores["truncated"])
         loss_weights = token_weights(lengths, config.loss_normalization, config.max_new_tokens).view(P, G)
-        if config.kl_weight == 0:  # the loss is proportional to the advantage: without one, a forward pass is wasted
+        if config.kl_weight == 0:  # zero-advantage completions contribute no gradient: skip their forward pass
             loss_weights = torch.where(advantages == 0, 0.0, loss_weights)
 
-        # 4. K clipped policy-gradient updates. pi_old is the policy that the first one finds.
+        # 4. K clipped policy-gradient updates. The first one records pi_old. `losses` are those of the last one.
         factor = schedule_factor(config.lr_schedule, step, config.num_steps, config.warmup_steps)
         learning_rate = optimizer.param_groups[0]["lr"] = config.learning_rate * factor
         losses, grad_norm, values = torch.zeros(2), 0.0, {name: [] for name in TOKEN_METRICS}

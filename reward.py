@@ -28,7 +28,7 @@ _FORMAT = re.compile(r"\s*<think>.*</think>\s*<answer>(.*)</answer>\s*", re.DOTA
 
 
 def strict_answer(text):
-    """What stands in the answer tags of "<think>…</think><answer>…</answer>", or None if the text has any other form.
+    """Return the answer in a text of the format "<think>…</think><answer>…</answer>", or None for any other text.
 
     Each tag occurs exactly once, in this order, with nothing but white space before, between and after the two blocks.
     """

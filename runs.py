@@ -3,8 +3,8 @@
     Run           evaluates, logs and saves when due, stops on a signal, resumes, keeps several processes together
     folder        log_dir/run_name/{config.yml, identity.json, checkpoints/, model/, TensorBoard events}
     checkpoints   complete or not there at all, a checksum per file; damaged ones are named and skipped
-A new metric: `metrics` in a script's train(). Not here: the files of a checkpoint (`save_progress` in each script), how
-accuracy is measured (utils.evaluate), the algorithms.
+To add a metric, put it into `metrics` in a script's train(). Not here: the files of a checkpoint (`save_progress` in
+each script), how accuracy is measured (utils.evaluate), the algorithms.
 """
 
 import contextlib
@@ -111,7 +111,7 @@ class Run:
 
     def steps(self):
         """Yield the steps that are left. After each one evaluate, write the journal and save, when due. When all are
-        done, or a signal asked to stop, save and say what comes next."""
+        done, print the result; when a signal asked to stop, save and print how to resume."""
         if not self.state:
             self.state = {"step": 0, "seconds": 0.0, "generated_tokens": 0, "skipped_steps": 0, "skipped_in_a_row": 0}
             self.state["before"] = self._evaluate()
@@ -381,7 +381,7 @@ def open_folder(config):
 
 
 def run_identity(config, setup):
-    """What must stay the same when a run is resumed: {key: value} of the config and of what the run starts from."""
+    """The values that must stay the same when a run is resumed: {key: value}, of the config, problems and model."""
     values = {key: value for key, value in config.model_dump().items() if key not in FREE_KEYS}
     if all(value == "constant" for key, value in values.items() if key.endswith("_schedule")):
         values = {key: value for key, value in values.items() if key not in ("num_steps", "num_iterations")}

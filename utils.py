@@ -1,4 +1,4 @@
-"""What both scripts share, besides generation and the bookkeeping of a run.
+"""Shared by both scripts: config, set-up, prompts, scores, evaluation, several processes.
 
     config and command line    RunConfig, load_config, run_from_command_line
     set-up                     set_up: model, tokenizer, problems with their prompts
@@ -206,7 +206,7 @@ def set_up(config, weights_dtype, autocast=False, **settings):
     try:
         splits = [make_dataset(config.dataset, split, config.dataset_args) for split in ("train", "test")]
     except ValidationError as error:
-        raise UserError(f"dataset_args: {_describe(error.errors()[0], config)}") from None
+        raise UserError(f"dataset_args: {_describe(error.errors()[0], type(config))}") from None
     train_items, test_items = splits[0], list(splits[1])[: config.eval_size]
     if len(test_items) < accelerator.num_processes:
         raise UserError(f"eval_size: {len(test_items)}: expected at least 1 problem for each process")
@@ -344,8 +344,8 @@ def _apply_template(tokenizer, chats):
 
 
 def answer_start(tokenizer):
-    """What the chat template writes at the start of each answer: "<think>" for reasoning models, "<think></think>" for
-    those told not to think, else "". Completions begin after it, and it is scored with them."""
+    """The text that the chat template puts at the start of each answer: "<think>" for reasoning models,
+    "<think></think>" for those told not to think, else "". Completions begin after it, and it is scored with them."""
     if tokenizer.chat_template is None:
         return ""
     text = _apply_template(tokenizer, [[{"role": "user", "content": "?"}]])[0]
@@ -389,7 +389,7 @@ def score_completions(rewards, completions, tokenizer, problems):
 
 
 def non_finite(scores):
-    """Which of the scores {name: (B,)} is not finite, in words, or None."""
+    """Describe the first of the scores {name: (B,)} that is not finite, or return None."""
     for name, values in scores.items():
         if not values.isfinite().all():
             row = int((~values.isfinite()).nonzero()[0])

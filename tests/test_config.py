@@ -122,6 +122,7 @@ BAD = [
     ("rewards={accuracy: high}", "rewards.accuracy: high: should be a valid number"),
     ("lora.rank=0", "lora.rank: 0: should be greater than 0"),
     ("lora.target_modules=q_proj", "lora.target_modules: q_proj: should be a valid list"),
+    ("lora.target_modules=[]", "lora.target_modules: []: List should have at least 1 item"),
     ("lora=16", "lora: 16: should be a valid dictionary"),
     ("warmup_steps=60", "warmup_steps: 60: should be less than num_steps, 60"),
     ("clip_low=1.0", "clip_low: 1.0: should be less than 1"),

@@ -139,7 +139,7 @@ class Twin:
 
 
 class GPU(str):
-    """What tensors can be put on as on the CPU, and what says that it is a GPU."""
+    """A device name that tensors accept as the CPU, and whose type says that it is a GPU."""
 
     type = "cuda"
 

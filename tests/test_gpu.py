@@ -1,4 +1,4 @@
-"""What only a GPU can show. Without one these tests are skipped."""
+"""Tests of the GPU path. Without a GPU they are skipped."""
 
 import math
 
