@@ -10,12 +10,14 @@ from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from es_train import (
+    ESConfig,
     Population,
     check_low_rank,
     draw,
     noise_generators,
     noise_of_member,
     noise_shapes,
+    update,
     update_master,
     weighted_noise,
     write_member,
@@ -242,6 +244,12 @@ def test_small_updates_reach_bf16_weights_in_full_and_norm_weights_move(perturba
         if "norm" in name:
             moved, stuck = (dict(m.named_parameters())[name].float() != start[name] for m in (model, in_place))
             assert moved.float().mean() > 0.5 and not stuck.any()
+
+
+def test_update_with_z_of_zero_keeps_even_the_sign_of_a_zero():
+    master = {"bias": torch.tensor([-0.0, 1.0])}  # -0.0 + 0.0 would be 0.0
+    update(master, {"bias": (2,)}, 0, [0.0] * 32, 0.1, ESConfig())
+    assert torch.signbit(master["bias"]).tolist() == [True, False]
 
 
 # Members one by one
