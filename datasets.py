@@ -146,7 +146,7 @@ class MathExprDataset(Problems):
         "expand": ("Expand {}", "Multiply out {}", "Simplify {}", "Remove the brackets: {}"),
     }
 
-    @validate_call(config={"strict": True})
+    @validate_call
     def __init__(
         self,
         split: Split,
@@ -204,7 +204,7 @@ class GSM8KDataset(Problems):
         "test": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
     }
 
-    @validate_call(config={"strict": True})
+    @validate_call
     def __init__(self, split: Split, path: str | None = None):
         file = Path(path) / f"{split}.jsonl" if path else self.download(split)
         self.items = []
@@ -238,7 +238,7 @@ class JSONLDataset(Problems):
     every tenth line of the file, which "train" then leaves out.
     """
 
-    @validate_call(config={"strict": True})
+    @validate_call
     def __init__(self, path: str | Path, split: Split):
         path = Path(path)
         test_path = path.with_suffix(f".test{path.suffix}")

@@ -75,9 +75,7 @@ class ESConfig(utils.RunConfig):
     @model_validator(mode="after")
     def pairs_are_whole(self):
         if self.antithetic and self.population_size % 2:
-            raise ValueError(
-                f"population_size: {self.population_size}: should be even, as antithetic members are pairs"
-            )
+            raise ValueError(f"population_size: {self.population_size}: should be even: antithetic members are pairs")
         return self
 
     @property

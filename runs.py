@@ -92,8 +92,9 @@ class Run:
         last_step, last_thousand = self.state.get("step", -1), self.state.get("generated_tokens", -1000) // 1000
         self.tensorboard = SummaryWriter(self.folder, purge_step=last_step + 1, flush_secs=10**9)
         self.by_tokens = SummaryWriter(self.folder / "by_tokens", purge_step=last_thousand + 1, flush_secs=10**9)
-        values = {k: v for k, v in self.config.model_dump().items() if k == "model" or k not in FREE_KEYS}
-        self.tensorboard.file_writer.add_summary(hparams(flat(values), {})[1])
+        values = self.config.model_dump()
+        values = {key: v if isinstance(v, (int, float, str)) else json.dumps(v) for key, v in values.items()}
+        self.tensorboard.file_writer.add_summary(hparams(values, {})[1])
         self.tensorboard.add_text("config", f"<pre>{html.escape(config_text(self.config))}</pre>", 0)
 
     def _print_banner(self, step_text):
@@ -321,15 +322,6 @@ def completion_table(items, texts):
     return f"<table>{''.join(rows)}</table>"
 
 
-def flat(config):
-    """{"lora.rank": 16, ...} of a nested config, for TensorBoard's HPARAMS page."""
-    values = {}
-    for key, value in config.items():
-        for name, part in (value if isinstance(value, dict) and value else {"": value}).items():
-            values[f"{key}.{name}".rstrip(".")] = part if isinstance(part, (int, float, str)) else json.dumps(part)
-    return values
-
-
 def wilson_interval(successes, trials):
     """The 95% interval of a proportion (Wilson 1927), which stays within [0, 1] for small counts too."""
     z, share = 1.96, successes / trials
@@ -425,27 +417,20 @@ def find_progress(folder, identity, journal):
 
 def write_file(path, text):
     """Write a file that is complete, or as it was before."""
-    partial = Path(f"{path}.partial")
-    try:
-        partial.write_text(text)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    Path(f"{path}.partial").write_text(text)
+    Path(f"{path}.partial").replace(path)
 
 
 @contextlib.contextmanager
 def whole_folder(folder):
     """A new folder to write into. It takes the place of `folder` once it is complete; else nothing of it is left."""
-    partial, old = Path(f"{folder}.partial"), Path(f"{folder}.old.partial")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    partial = Path(f"{folder}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
-        if folder.exists():
-            folder.rename(old)
+        shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -458,20 +443,18 @@ def checkpoint_folders(folder):
 
 def save_checkpoint(folder, state, keep, write):
     """Save `checkpoints/step_000020`: what `write(path)` writes, and the state. Keep the newest `keep` up to it."""
-    step, checkpoints = state["step"], folder / "checkpoints"
-    with whole_folder(checkpoints / f"step_{step:06d}") as path:
+    step = state["step"]
+    with whole_folder(folder / "checkpoints" / f"step_{step:06d}") as path:
         write(path)
         (path / "state.json").write_text(json.dumps(state))
         (path / "sha256.json").write_text(json.dumps(digests(path)))
     saved = checkpoint_folders(folder)
     later = [path for other, path in saved.items() if other > step]  # damaged, or of steps that were lost
-    for path in later + [path for other, path in saved.items() if other <= step][keep:]:
-        try:
-            path.rename(f"{path}.partial")  # first, so that half of it is never taken for a checkpoint
-        except OSError as error:
-            print(f"warning: {path} cannot be removed: {error}")
-    for path in checkpoints.glob("*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
+    old = [path for other, path in saved.items() if other <= step][keep:]
+    for path in [*later, *old, *folder.glob("checkpoints/*.partial")]:
+        shutil.rmtree(path, ignore_errors=True)  # half of it is a damaged checkpoint, which the next save removes
+        if path.exists():
+            print(f"warning: {path} cannot be removed")
 
 
 def digests(folder):

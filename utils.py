@@ -46,9 +46,10 @@ warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is depreca
 
 
 class Config(BaseModel):
-    """Base of the scripts' configs: types are not converted, unknown keys are errors."""
+    """Base of the scripts' configs: unknown keys are errors. Text such as 1e-5, which YAML takes for no number, is
+    read as one."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunConfig(Config):
@@ -78,21 +79,8 @@ class RunConfig(Config):
     seed: int = Field(0, ge=0, lt=2**32)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-5 is a number."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """YAML in which the text "1e-5" is quoted."""
-
-
-for kind in (_Loader, _Dumper):
-    number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
-    kind.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
-
-
 def config_text(config):
-    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False)
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
 def one_line(error):
@@ -104,7 +92,7 @@ def load_config(config_class, path, overrides=()):
     Missing keys take their defaults. UserError, in one line with file, key, value and expectation."""
     source = path
     try:
-        values = yaml.load(Path(path).read_text("utf-8-sig"), _Loader)
+        values = yaml.safe_load(Path(path).read_text("utf-8-sig"))
         values = {} if values is None else values
         for override in overrides:
             source = f"command line: {override}"
@@ -115,7 +103,7 @@ def load_config(config_class, path, overrides=()):
                 target = target.setdefault(parent, {})
             if not equals or not isinstance(target, dict):
                 raise UserError(f"{source}: expected key=value, or key.subkey=value where key is a mapping")
-            target[last] = yaml.load(text, _Loader)
+            target[last] = yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{source}: {one_line(error)}") from None
     if not isinstance(values, dict):

@@ -127,7 +127,7 @@ def test_product_text_reads_as_what_it_is():
         ({"size": 0}, "size: 0: should be greater than 0"),
         ({"size": 10**5, "kinds": ["evaluate"], "max_operators": 1}, "size: 100000: .* distinct train problems were "),
         ({"max_operators": 0}, "max_operators: 0: should be greater than 0"),
-        ({"max_integer": "9"}, "max_integer: 9: should be a valid integer"),
+        ({"max_integer": "nine"}, "max_integer: nine: should be a valid integer"),
         ({"max_coefficient": 1}, "max_coefficient: 1: should be greater than or equal to 2"),
         ({"kinds": ["divide"]}, "kinds.0: divide: should be 'evaluate' or 'expand'"),
         ({"kinds": "expand"}, "kinds: expand: should be a valid list"),
