@@ -126,7 +126,7 @@ def _describe(error, config_class):
         known = functools.reduce(operator.getitem, parents, config_class().model_dump())
         near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
         message = f"unknown key, did you mean {near[0]}?" if near else f"unknown key, the keys are {', '.join(known)}"
-    return f"{'.'.join(map(str, error['loc']))}: {str(error['input'])[:100]}: {message}"
+    return one_line(f"{'.'.join(map(str, error['loc']))}: {str(error['input'])[:100]}: {message}")
 
 
 def run_from_command_line(main, config_class, default_path):

@@ -1,66 +1,65 @@
 import contextlib
 import dataclasses
+import hashlib
 import math
+import multiprocessing
 import os
+import random
+import resource
+import runpy
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: no test may wait for a network
 os.environ["OMP_NUM_THREADS"] = "1"  # likewise: sums are bit for bit the same for the same number of threads
 
+import hypothesis
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import es_train
 import grpo_train
 import runs
 from generation import DecodeSettings
-from runs import newest_checkpoint
+from runs import checkpoint_folders, newest_checkpoint
 from utils import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 GSM8K = ROOT.parent / "shared" / "gsm8k"
 TINY = str(ROOT / "tiny_model")
 EOS, PAD, VOCAB = 1, 0, 64
-# --multi_gpu: without it, accelerate starts one process on a CPU, whatever the number asked for.
-TWO_PROCESSES = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-TWO_PROCESSES += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+FORKSERVER = multiprocessing.get_context("forkserver")  # starts processes that have imported torch already
+FORKSERVER.set_forkserver_preload(["es_train", "grpo_train", "pytest"])
+
+NUM_EXAMPLES = int(os.environ.get("HYPOTHESIS", 30))  # HYPOTHESIS=10000 python -m pytest tries more, and other ones
+checks = {"deadline": None, "database": None, "suppress_health_check": list(hypothesis.HealthCheck)}
+hypothesis.settings.register_profile("tests", max_examples=NUM_EXAMPLES, derandomize=NUM_EXAMPLES == 30, **checks)
+hypothesis.settings.load_profile("tests")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--screenshots", metavar="FOLDER", help="where test_tensorboard.py leaves pictures of the pages")
+    parser.addoption("--screenshots", metavar="FOLDER", help="where the tests of TensorBoard save screenshots")
 
 
 def make_model(seed=0, dtype=torch.float32, family="qwen2", **settings):
     """A random model with grouped key-value heads, spread out enough that its samples do not collapse."""
     torch.manual_seed(seed)
-    config_class, model_class = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[
-        family
-    ]
-    config = config_class(
-        **{
-            "vocab_size": VOCAB,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 256,
-            "initializer_range": 0.15,
-            "tie_word_embeddings": True,
-            "bos_token_id": None,
-            "eos_token_id": EOS,
-            "pad_token_id": PAD,
-            **settings,
-        }
-    )
-    return model_class(config).to(dtype).eval()
+    families = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+    config_class, model_class = families[family]
+    size = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    tokens = {"bos_token_id": None, "eos_token_id": EOS, "pad_token_id": PAD}
+    more = {"initializer_range": 0.15, "tie_word_embeddings": True}
+    return model_class(config_class(**size | heads | tokens | more | settings)).to(dtype).eval()
 
 
 def settings(max_new_tokens, stop_ids=(EOS,), pad_id=PAD, **more):
@@ -98,38 +97,68 @@ def make_like(model):
     return copy.eval()
 
 
-def oracle_generate(model, prompt, uniforms, temperature, stop, max_new_tokens):
-    """One row, a whole forward pass a token, inverse-CDF sampling by a plain loop. uniforms None is greedy."""
-    ids, log_probs = list(prompt), []
-    for t in range(max_new_tokens):
-        row = oracle_log_probs(model, ids, temperature)[-1]
-        if uniforms is None:
-            token = int(row.argmax())
-        else:
-            total, token = 0.0, None
-            for candidate, probability in enumerate(row.exp().tolist()):
-                total += probability
-                if total > float(uniforms[t]):
-                    token = candidate
-                    break
-        ids.append(token)
-        log_probs.append(float(row[token]))
-        if token in stop:
-            break
-    return ids[len(prompt) :], log_probs
-
-
-def run_script(arguments, script="grpo_train.py", cwd=ROOT, launcher=(sys.executable,), path=()):
-    """A script as a user runs it, in a process of its own."""
+def run_script(arguments, script="grpo_train.py", path=()):
+    """Run a script as a user does, in a new Python interpreter."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
-    return subprocess.run(
-        [*launcher, str(ROOT / script), *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [sys.executable, str(ROOT / script), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def run_as_main(path, arguments, output, environment, import_path=(), max_file_size=None, patch=None):
+    """Do what `python PATH ARGUMENTS` does, with standard output and error to two files."""
+    for number, file in enumerate(output, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    if max_file_size:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
+    os.environ.update(environment)
+    sys.path[:0] = map(str, import_path)
+    sys.argv = [str(path), *arguments]
+    if patch:
+        patch()
+    runpy.run_path(str(path), run_name="__main__")
+
+
+class Process:
+    """`script` in a process of its own, as a user starts it, but without the seconds of importing torch.
+
+    path: the script's file, if it is a copy; import_path: folders with modules that it imports
+    max_file_size: files cannot grow beyond so many bytes, as if the disk were full
+    patch: called in the process before the script starts
+    """
+
+    def __init__(self, script, folder, *overrides, path=None, environment=(), **options):
+        rank = dict(environment).get("RANK", "")
+        self.output = [folder.parent / f"{folder.name}.{stream}{rank}" for stream in ("out", "err")]
+        path = path or ROOT / f"{script.name}.py"
+        arguments = overrides if overrides[:1] == ("--config",) else [*script.where(folder), *overrides]
+        options |= {"environment": dict(environment)}
+        self.process = FORKSERVER.Process(target=run_as_main, args=(path, arguments, self.output), kwargs=options)
+        self.process.start()
+
+    @property
+    def out(self):
+        return self.output[0].read_text() if self.output[0].exists() else ""
+
+    @property
+    def err(self):
+        return self.output[1].read_text() if self.output[1].exists() else ""
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def wait_until(self, condition, seconds=120):
+        limit = time.monotonic() + seconds
+        while not condition():
+            assert self.process.is_alive() and time.monotonic() < limit, self.err
+            time.sleep(0.01)
+
+    def wait(self, seconds=120):
+        """Return the exit code."""
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.process.kill()
+            raise TimeoutError(self.err)
+        return self.process.exitcode
 
 
 @dataclasses.dataclass
@@ -145,47 +174,35 @@ class Script:
     def name(self):
         return self.module.__name__
 
+    @property
+    def key(self):
+        return self.name.removesuffix("_train")
+
+    def where(self, folder):
+        """Overrides for a small run that is kept in `folder`."""
+        return [f"model={TINY}", f"log_dir={folder.parent}", f"run_name={folder.name}", "device=cpu", *self.small]
+
     def config(self, folder, *overrides):
-        """That of a run to be kept in `folder`."""
-        path = ROOT / f"{self.name.removesuffix('_train')}_config.yml"
-        where = [f"model={TINY}", f"log_dir={folder.parent}", f"run_name={folder.name}"]
-        return load_config(self.config_class, path, [*where, *self.small, *overrides])
+        return load_config(self.config_class, ROOT / f"{self.key}_config.yml", [*self.where(folder), *overrides])
 
     def train(self, folder, *overrides, stop_after=None):
-        """A run in this process, asked to stop after so many steps."""
+        """Run in this process; `stop_after` so many steps as if a signal had come."""
+        AcceleratorState._reset_state(reset_partial_state=True)
         with pytest.MonkeyPatch.context() as patch:
             if stop_after is not None:
-                patch.setattr(runs, "stop_signals", lambda: contextlib.nullcontext(Countdown(stop_after)))
+                received = MagicMock()  # in place of the list of signals: not empty when asked for the n-th time
+                received.__bool__.side_effect = [False] * stop_after + [True]
+                patch.setattr(runs, "stop_signals", lambda: contextlib.nullcontext(received))
             self.module.main(self.config(folder, *overrides))
         return folder
 
 
-class Countdown:
-    """In place of the list of signals received: not empty when it is asked for the n-th time."""
-
-    def __init__(self, n):
-        self.left = n + 1
-
-    def __bool__(self):
-        self.left -= 1
-        return self.left == 0
-
-
+GRPO = "num_steps=4 prompts_per_step=4 group_size=4 max_new_tokens=32 warmup_steps=0 lora.rank=4"
+ES = "num_iterations=4 prompts_per_iteration=4 population_size=6 population_batch=4 max_new_tokens=40 noise_scale=0.03"
+EVERY = " eval_size=8 eval_every=2 checkpoint_every=2"
 SCRIPTS = {
-    "grpo": Script(
-        grpo_train,
-        grpo_train.GRPOConfig,
-        "num_steps=4 prompts_per_step=4 group_size=4 max_new_tokens=32 warmup_steps=0 eval_size=8 eval_every=2 "
-        "lora.rank=4 checkpoint_every=2".split(),
-        "num_steps",
-    ),
-    "es": Script(
-        es_train,
-        es_train.ESConfig,
-        "num_iterations=4 prompts_per_iteration=4 population_size=6 max_new_tokens=40 noise_scale=0.03 "
-        "population_batch=4 eval_size=8 eval_every=2 checkpoint_every=2".split(),
-        "num_iterations",
-    ),
+    "grpo": Script(grpo_train, grpo_train.GRPOConfig, (GRPO + EVERY).split(), "num_steps"),
+    "es": Script(es_train, es_train.ESConfig, (ES + EVERY).split(), "num_iterations"),
 }
 
 
@@ -194,21 +211,48 @@ def script(request):
     return SCRIPTS[request.param]
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """{key: folder} of an uninterrupted run of each script. Tests that change it take a copy."""
+    folder = tmp_path_factory.mktemp("finished")
+    return {key: script.train(folder / key) for key, script in SCRIPTS.items()}
+
+
 def model_weights(folder):
-    """Of a run's result."""
+    """Weights of a run's result, {name: tensor}."""
     (file,) = (folder / "model").glob("*.safetensors")
     return load_file(file)
+
+
+def assert_same_weights(folder, other):
+    ours, theirs = model_weights(folder), model_weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def last_step(folder):
+    """Step of the newest checkpoint."""
+    return max(checkpoint_folders(folder), default=0)
+
+
+def files_of(folder):
+    """{path: checksum} of all files in the folder."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def flip_a_bit(file, seed=0):
+    rng, data = random.Random(seed), bytearray(file.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    file.write_bytes(data)
 
 
 def assert_same_run(folder, other):
     """Bit for bit: weights, optimizer, counters of the last checkpoint, and every scalar but times, each step once.
 
-    Of accuracy by tokens a resumed run may repeat a point here, as there are several evaluations in a thousand tokens.
+    A resumed run may repeat a point of accuracy by tokens here, as there are several evaluations in a thousand tokens.
     """
-    ours, theirs = model_weights(folder), model_weights(other)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
+    assert_same_weights(folder, other)
     (path, state), (other_path, other_state) = (newest_checkpoint(run, 10**9) for run in (folder, other))
     assert path.name == other_path.name
     assert state | {"seconds": 0} == other_state | {"seconds": 0}
@@ -228,28 +272,18 @@ def assert_same_run(folder, other):
             assert curves[tag] == points or math.isnan(points[0][1]), tag
 
 
-def wait_until(condition, process, seconds=120):
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < limit
-        time.sleep(0.01)
+def read_events(folder):
+    """What TensorBoard shows of a run. It reads files in the order of their names, that is of the second in which each
+    was begun; in tests, several begin in the same second."""
+    with tempfile.TemporaryDirectory() as ordered:
+        for path in folder.glob("*tfevents*"):
+            began = next(EventFileLoader(str(path)).Load()).wall_time
+            Path(ordered, f"tfevents.{began:.6f}").symlink_to(path)
+        events = EventAccumulator(ordered, size_guidance={"tensors": 0})
+        events.Reload()
+        return events
 
 
 def scalars(folder):
-    events = EventAccumulator(str(folder), size_guidance={"tensors": 0})
-    events.Reload()
+    events = read_events(folder)
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-@pytest.fixture
-def hugging_face_datasets(tmp_path):
-    """A folder that, on the path, has Hugging Face `datasets` installed as far as anybody can ask."""
-    site = tmp_path / "site"
-    (site / "datasets").mkdir(parents=True)
-    (site / "datasets" / "__init__.py").write_text("raise ImportError('Hugging Face datasets was imported')\n")
-    (site / "datasets-4.0.0.dist-info").mkdir()
-    (site / "datasets-4.0.0.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: datasets\nVersion: 4.0.0\n"
-    )
-    return site

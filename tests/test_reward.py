@@ -1,11 +1,17 @@
-"""Answer extraction, exact values and reward functions."""
+"""Answer extraction, exact values and reward functions, with ordinary, adversarial and hostile completions."""
 
+import itertools
+import re
+import sys
 import time
 from fractions import Fraction
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from reward import (
+    TAGS,
     UserError,
     accuracy_reward,
     find_reward,
@@ -23,119 +29,85 @@ def tagged(answer, thought="so"):
     return f"<think>{thought}</think><answer>{answer}</answer>"
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("18", 18),
-        ("-7", -7),
-        ("−7", -7),  # U+2212
-        ("+7", 7),
-        ("18.0", 18),
-        (".5", Fraction(1, 2)),
-        ("0.1", Fraction(1, 10)),
-        ("3/4", Fraction(3, 4)),
-        ("-6/8", Fraction(-3, 4)),
-        ("1,250", 1250),
-        ("1,250,000.50", Fraction(2500001, 2)),
-        ("$18", 18),
-        ("-$1,250", -1250),
-        ("75%", 75),
-        (" 42 ", 42),
-        ("0", 0),
-    ],
-)
-def test_numbers_are_read_exactly(text, value):
-    assert parse_value(text) == ({0: value} if value else {})
+# Values
+
+NUMBERS = {"18": 18, "-7": -7, "−7": -7, "+7": 7, "18.0": 18, ".5": Fraction(1, 2), "0.1": Fraction(1, 10), "0": 0}
+NUMBERS |= {"1,250": 1250, "1,250,000.50": Fraction(2500001, 2), "$18": 18, "-$1,250": -1250, "75%": 75, " 42 ": 42}
+NUMBERS |= {"3/4": Fraction(3, 4), "-6/8": Fraction(-3, 4)}
+POLYNOMIALS = {"x": {1: 1}, "-x": {1: -1}, "0x+3": {0: 3}, "3/4x": {1: Fraction(3, 4)}, "0.5x^3": {3: Fraction(1, 2)}}
+POLYNOMIALS |= dict.fromkeys(["x^2-3x+2", "x**2 - 3*x + 2", "2 - 3X + X^2"], {2: 1, 1: -3, 0: 2})
+VALUES = {text: {0: value} if value else {} for text, value in NUMBERS.items()} | POLYNOMIALS
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", " ", "-", "$", "%", "24 or 25", "24, 25", "1 2", "1,25", "1234,567", "12,34,567", "1.2.3", "3/0", "1/2/3"]
-    + ["1\n2", "1\t2", "3, 100", "1, 250", "0,125", "14/2", "8/8", "0/5", "3%x", "$x", "1 .5", "3 / 4"]
-    + ["--7", "+-7", "1e5", "nan", "inf", "seven", "7 apples", "7.", "٣", "７", "0x10", "1_000", "(7)", "3+4", "2*3"]
-    + ["9**9**9", "x^-1", "x^1001", "2x+x", "(x+1)*(x-2)", "x(x-1)", "xx", "y", "2^3", "x/2", "9" * 201],
+@pytest.mark.parametrize("text", VALUES)
+def test_numbers_and_polynomials_are_read_exactly(text):
+    assert parse_value(text) == VALUES[text]
+
+
+@given(
+    number=st.fractions(max_denominator=10**6),
+    decimal=st.decimals(allow_nan=False, allow_infinity=False, places=4, min_value=-(10**9), max_value=10**9),
+    coefficients=st.dictionaries(st.integers(0, 9), st.integers(-99, 99).filter(bool), min_size=1),
 )
-def test_what_is_no_plain_answer_is_none(text):
+def test_any_number_is_read_exactly_and_any_polynomial_in_any_order(number, decimal, coefficients):
+    value = {0: number} if number else {}
+    assert parse_value(str(number)) == parse_value(f" {number} ") == value
+    if number.denominator == 1:
+        integer = int(number)
+        dollars = f"${integer}" if integer >= 0 else f"-${-integer}"
+        assert all(parse_value(text) == value for text in (f"{integer:,}", f"{integer}.0", dollars))
+        assert accuracy_reward([tagged(f"{integer:,}")] * 2, [str(integer), str(integer + 1)]) == [1.0, 0.0]
+    assert parse_value(f"{decimal:f}") == ({0: Fraction(decimal)} if decimal else {})
+    text = "+".join(f"{c}*x^{p}" for p, c in coefficients.items()).replace("+-", "-").replace("*x^0", "")
+    assert parse_value(text) == parse_value(text.replace("^", "**").replace("*x", "x")) == coefficients
+
+
+NO_VALUES = "|-|$|%|--7|+-7|1e5|nan|inf|seven|7.|0x10|1_000|(7)|3+4|2*3|9**9**9|x^-1|x^1001|2x+x|(x+1)*(x-2)|xx|y"
+NO_VALUES += "| |2^3|x/2|1,25|1234,567|12,34,567|1.2.3|3/0|1/2/3|0,125|14/2|8/8|0/5|3%x|$x|24 or 25|24, 25|1 2|3, 100"
+NO_VALUES += "|1, 250|1 .5|x(x-1)|3 / 4|7 apples|1\n2|1\t2|" + "9" * 201
+NO_VALUES += "|٣|７|०|1.٣|1/٣|x^٣|٣x|1,٣٣٣"  # digits of other scripts
+INVISIBLE = [f"1{character}2" for character in "\u200b\u200d\u2060\ufeff\u202e\u00ad\x00"]  # no other number than 12
+
+
+@pytest.mark.parametrize("text", [*NO_VALUES.split("|"), *INVISIBLE])
+def test_text_that_is_no_plain_answer_has_no_value(text):
     assert parse_value(text) is None
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("x", {1: 1}),
-        ("-x", {1: -1}),
-        ("x^2-3x+2", {2: 1, 1: -3, 0: 2}),
-        ("x**2 - 3*x + 2", {2: 1, 1: -3, 0: 2}),
-        ("2 - 3X + X^2", {2: 1, 1: -3, 0: 2}),
-        ("3/4x", {1: Fraction(3, 4)}),
-        ("0.5x^3", {3: Fraction(1, 2)}),
-        ("0x+3", {0: 3}),
-    ],
-)
-def test_polynomials_are_read_exactly(text, value):
-    assert parse_value(text) == value
 
 
 # The adversarial table: what other parsers let pass, in both directions.
 EQUAL = [("2x-1", "-1+2x"), ("1,250", "1250"), ("18.0", "18"), ("$18", "18"), ("x**2-3x+2", "x^2-3x+2")]
-UNEQUAL = [
-    ("x**2-3x+2", "x**2+3x-2"),  # the same terms, other signs
-    ("x^2-3x+2", "x^2-3x"),
-    ("24 or 25", "24"),
-    ("24 or 25", "25"),
-    ("250", "1,250"),
-    ("7", "-7"),
-    ("-7", "7"),
-    ("1", "18"),
-    ("118", "18"),
-    ("180", "18"),
-    ("3", "3/4"),
-    ("0.75", "75%"),
-    ("0.33", "1/3"),
-    ("0.3333333333333333", "1/3"),
-    ("18 eggs", "18"),
-    ("10000000000000001", "10000000000000000"),  # equal as floats
-    ("", "0"),
-]
+UNEQUAL = [("x**2-3x+2", "x**2+3x-2"), ("x^2-3x+2", "x^2-3x"), ("7", "-7"), ("-7", "7")]  # signs and terms
+UNEQUAL += [("24 or 25", "24"), ("24 or 25", "25"), ("18 eggs", "18"), ("", "0")]
+UNEQUAL += [("250", "1,250"), ("1", "18"), ("118", "18"), ("180", "18"), ("3", "3/4")]  # substrings
+UNEQUAL += [("0.75", "75%"), ("0.3333333333333333", "1/3"), ("10000000000000001", "10000000000000000")]  # floats
+UNEQUAL += [("٣", "3"), ("1\u200b2", "12"), ("\x00\x1b[31m7\u202e\u200b", "7")]
 
 
-@pytest.mark.parametrize(("answer", "reference"), EQUAL)
-def test_equal_answers_score_one(answer, reference):
-    assert accuracy_reward([tagged(answer)], [reference]) == [1.0]
-    assert same_answer(reference, answer)
-
-
-@pytest.mark.parametrize(("answer", "reference"), UNEQUAL)
-def test_unequal_answers_score_zero(answer, reference):
-    assert accuracy_reward([tagged(answer)], [reference]) == [0.0]
+@pytest.mark.parametrize(("answer", "reference"), EQUAL + UNEQUAL)
+def test_adversarial_answers_score_one_only_if_exactly_equal(answer, reference):
+    is_equal = (answer, reference) in EQUAL
+    assert accuracy_reward([tagged(answer)], [reference]) == [float(is_equal)]
+    assert same_answer(reference, answer) == is_equal
 
 
 def test_reference_that_is_a_word_is_compared_as_text():
     assert accuracy_reward([tagged(" Paris "), tagged("paris"), "Paris"], ["Paris"] * 3) == [1.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "7",
-        "<answer>7</answer>",
-        "<think>a</think>7",
-        "<think>a</think><answer>7",
-        "<think>a</think><answer>7</answer><answer>7</answer>",
-        "<think>a</think><answer>8</answer><answer>7</answer>",
-        "<think>a</think>so<answer>7</answer>",
-        "so<think>a</think><answer>7</answer>",
-        "<think>a</think><answer>7</answer>.",
-        "<answer>7</answer><think>a</think>",
-        "<think><answer>7</answer></think>",
-        "<think>a<think>b</think></think><answer>7</answer>",
-        "<think>a<think>b</think><answer>7</answer>",
-        "<think>a</think><answer><answer>7</answer>",
-        "<think>a</think><answer>7</answer></answer>",
-        "<THINK>a</THINK><ANSWER>7</ANSWER>",
-        "</think><think><answer>7</answer>",
-    ],
-)
+# Format
+
+
+@pytest.mark.parametrize("filler", ["", " ", "\n"])
+def test_tags_in_any_other_order_or_number_are_no_form(filler):
+    for count in range(6):
+        for tags in itertools.product(TAGS, repeat=count):
+            assert (strict_answer(filler.join(tags)) is None) == (tags != TAGS), tags
+
+
+OTHER_FORMS = ["7", "<think>a</think>7", "<think>a</think>so<answer>7</answer>", f"so{tagged(7)}", f"{tagged(7)}."]
+
+
+@pytest.mark.parametrize("text", [*OTHER_FORMS, "<answer>7</answer>", tagged(7).removesuffix(">"), tagged(7).upper()])
 def test_any_other_form_has_no_strict_answer(text):
     assert strict_answer(text) is None
     assert accuracy_reward([text], ["7"]) == format_reward([text]) == [0.0]
@@ -148,65 +120,72 @@ def test_white_space_around_the_blocks_is_allowed():
     assert format_reward([tagged("nonsense")]) == [1.0]
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("The answer is 12.", "12"),
-        ("3+4=7", "7"),
-        ("so 4*(-3)=-12", "-12"),
-        ("2-5", "5"),
-        ("about 1,250 eggs", "1,250"),
-        ("it costs $18.50!", "$18.50"),
-        ("75%", "75%"),
-        ("3/4 of it", "3/4"),
-        ("Answer: x^2-2x+1", "x^2-2x+1"),
-        ("next exit", None),
-        ("none", None),
-        ("", None),
-        (tagged("-9", "1-10=-9"), "-9"),
-        ("9" * 5000 + " apples", None),
-    ],
-)
-def test_lenient_answer_is_the_last_value_of_the_text(text, answer):
-    assert lenient_answer(text) == answer
+LENIENT = {"The answer is 12.": "12", "3+4=7": "7", "so 4*(-3)=-12": "-12", "2-5": "5", "about 1,250 eggs": "1,250"}
+LENIENT |= {"it costs $18.50!": "$18.50", "75%": "75%", "3/4 of it": "3/4", "Answer: x^2-2x+1": "x^2-2x+1"}
+LENIENT |= {"next exit": None, "none": None, "": None, "9" * 5000 + " apples": None, "٣ or ７": None}
+LENIENT |= {tagged("-9", "1-10=-9"): "-9"}
 
 
-def test_lenient_is_never_stricter_than_strict():
-    for answer in ("7", "x^2-1", "3/4", "Paris"):
-        assert lenient_correct(tagged(answer), answer)
+@pytest.mark.parametrize("text", LENIENT)
+def test_lenient_answer_is_the_last_value_of_the_text(text):
+    assert lenient_answer(text) == LENIENT[text]
 
 
-HOSTILE = {
-    "power tower": "9**9**9",
-    "brackets": "(" * 1_000_000,
-    "nested": "(" * 500_000 + ")" * 500_000,
-    "digits": "1" * 10_000_000,
-    "signs": "-" * 1_000_000,
-    "spaces": "1 " * 500_000,
-    "commas": "1," * 500_000,
-    "points": "1." * 500_000,
-    "slashes": "1/" * 500_000,
-    "powers": "x^" * 500_000,
-    "terms": "+x" * 500_000,
-    "tags": "<answer>" * 100_000,
-    "code": "__import__('os').system('true')",
-    "minus signs": "−**X" * 250_000,
-    "controls": "\x00\x1b[31m7\u202e\u200b",
-}
+@pytest.mark.parametrize("answer", ["7", "x^2-1", "3/4", "Paris"])
+def test_lenient_is_never_stricter_than_strict(answer):
+    assert lenient_correct(tagged(answer), answer)
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_text_scores_zero_in_under_10_ms(name):
-    text = HOSTILE[name]
+# Hostile completions
+
+
+def assert_scored_in_10_ms(text, reference):
     for completion in (text, tagged(text), f"<think>{text}</think><answer>{text[:200]}</answer>"):
         seconds = []
         for _ in range(3):  # the best of three: the machine may be busy, a slow parser is slow every time
-            start = time.perf_counter()
-            assert accuracy_reward([completion], ["7"]) == [0.0]
+            start = time.process_time()
+            assert accuracy_reward([completion], [reference]) == [0.0]
             assert format_reward([completion]) in ([0.0], [1.0])
-            lenient_correct(completion, "7")
-            seconds.append(time.perf_counter() - start)
+            lenient_correct(completion, reference)
+            seconds.append(time.process_time() - start)
         assert min(seconds) < 0.01
+
+
+REPEATED = ["(", "1", "-", "1 ", "1,", "1.", "1/", "x^", "+x", "−**X"]
+HOSTILE = {f"{text} repeated": text * (400_000 // len(text)) for text in REPEATED}
+HOSTILE |= {text: text for text in ("9**9**9", "__import__('os').system('true')")}
+HOSTILE |= {"nested": "(" * 200_000 + ")" * 200_000, "tags": "<answer>" * 100_000, "long": "1" * 10_000_000}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_text_is_never_executed_and_scores_zero_in_under_10_ms(name):
+    assert_scored_in_10_ms(HOSTILE[name], "7")
+
+
+SPICE = [*TAGS, *"<answer answer> </ <think><think> 7 -7 1,250 3/4 0.5 x x^2 ** − $ % = ( ) ７ ٣ ² ½ ∞ 🧮 nan".split()]
+SPICE += [*"1e999 9**9**9 __import__('os').system('true') <script>alert(1)</script>".split(), "e\u0301", "\ud7ff"]
+SPICE += ["\n", "\r\n", "\t", "\x00", "\x1b[31m", "\u202e", "\u200b", "\ufeff"]
+spicy_text = st.lists(st.sampled_from(SPICE) | st.text(max_size=8), max_size=30).map("".join)
+
+
+@given(spicy_text | st.text(), st.sampled_from(["7", "x^2-1", "word", "3/4"]) | st.text())
+def test_any_completion_is_scored_zero_or_one_and_strict_is_never_kinder(text, reference):
+    (accuracy,), (form,) = accuracy_reward([text], [reference]), format_reward([text])
+    assert accuracy in (0.0, 1.0) and form in (0.0, 1.0)
+    assert accuracy <= form and accuracy <= lenient_correct(text, reference)
+    answer = strict_answer(text)
+    assert (answer is None) == (form == 0.0)
+    if answer is not None:
+        assert f"<answer>{answer}" in re.sub(r"<answer>\s+", "<answer>", text)
+        assert not any(tag in answer for tag in TAGS)
+
+
+@given(st.sampled_from(SPICE), st.sampled_from(SPICE), st.integers(1, 20_000))
+def test_any_repetition_is_scored_in_under_10_ms(a, b, count):
+    assert_scored_in_10_ms((a + b) * count, "7.5")
+
+
+# Reward functions
 
 
 def test_score_weighs_components_and_reports_them_unweighted():
@@ -218,13 +197,20 @@ def test_score_weighs_components_and_reports_them_unweighted():
     assert [row["accuracy/lenient"] for row in rows] == [1.0, 0.0, 1.0]
 
 
-def test_users_function_gets_every_column_and_is_named_by_module(monkeypatch, tmp_path):
-    (tmp_path / "my_rewards.py").write_text(
+@pytest.fixture
+def write_reward(monkeypatch, tmp_path):
+    """A function that writes the module my_rewards."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    return (tmp_path / "my_rewards.py").write_text
+
+
+def test_users_function_gets_every_column_and_is_named_by_module(write_reward):
+    write_reward(
         "def graded(completions, answer, level, **columns):\n"
         "    assert columns.keys() == {'prompts'} and columns['prompts'] == ['p', 'q']\n"
         "    return [float(a) * l for a, l in zip(answer, level)]\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
     items = [{"prompt": "p", "answer": "2", "level": 3}, {"prompt": "q", "answer": "5", "level": 7}]
     rows = score({"my_rewards:graded": 2.0}, ["a", "b"], items)
     assert [row["reward"] for row in rows] == [12.0, 70.0]
@@ -251,16 +237,14 @@ def test_unknown_reward_is_named(name, message):
     ("body", "error", "message"),
     [
         ("raise KeyError('answers')", KeyError, "answers"),
-        ("return [1j] * len(completions)", UserError, "rewards: bad_rewards:f returned 1j, no number, for 'some text'"),
-        ("return [1.0]", UserError, r"rewards: bad_rewards:f returned \[1.0\], expected a list of 2 numbers"),
-        ("return None", UserError, "rewards: bad_rewards:f returned None, expected a list of 2 numbers"),
-        ("return ['1', '2']", UserError, "rewards: bad_rewards:f returned '1', no number"),
+        ("return [1j] * len(completions)", UserError, "rewards: my_rewards:f returned 1j, no number, for 'some text'"),
+        ("return [1.0]", UserError, r"rewards: my_rewards:f returned \[1.0\], expected a list of 2 numbers"),
+        ("return None", UserError, "rewards: my_rewards:f returned None, expected a list of 2 numbers"),
+        ("return ['1', '2']", UserError, "rewards: my_rewards:f returned '1', no number"),
+        ("...\nimport no_such_module", ModuleNotFoundError, "no_such_module"),
     ],
 )
-def test_bug_in_a_reward_function_stops_and_is_named(monkeypatch, tmp_path, body, error, message):
-    (tmp_path / "bad_rewards.py").write_text(f"def f(completions, **columns):\n    {body}\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(__import__("sys").modules, "bad_rewards", raising=False)
-    items = [{"prompt": "p", "answer": "7"}] * 2
+def test_bug_in_a_reward_function_stops_and_is_named(write_reward, body, error, message):
+    write_reward(f"def f(completions, **columns):\n    {body}\n")
     with pytest.raises(error, match=message):
-        score({"bad_rewards:f": 1.0}, ["some text", "other"], items)
+        score({"my_rewards:f": 1.0}, ["some text", "other"], [{"prompt": "p", "answer": "7"}] * 2)

@@ -1,510 +1,463 @@
-"""The scripts as a user runs them, and the helpers of a run: model loading, prompts, evaluation, logs."""
+"""Run and its parts: signals, skipped steps, memory, the run's folder and checkpoints, TensorBoard, the terminal."""
 
-import ast
-import math
+import contextlib
+import html.parser
+import json
 import os
 import re
+import shlex
 import shutil
-import subprocess
+import signal
 import sys
+import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from conftest import ROOT, SCRIPTS, TINY, TWO_PROCESSES, make_model, run_script, scalars, settings, wait_until
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from conftest import (
+    ROOT,
+    SCRIPTS,
+    TINY,
+    Process,
+    assert_same_run,
+    files_of,
+    flip_a_bit,
+    last_step,
+    model_weights,
+    read_events,
+    scalars,
+)
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import generation
 import grpo_train
 import runs
 import utils
-from generation import Completions
 from reward import UserError
-from runs import completion_table, wilson_interval
-from utils import (
-    Problem,
-    Setup,
-    completion_texts,
-    draw_problems,
-    encode_prompts,
-    evaluate,
-    load_config,
-    load_model,
-    load_tokenizer,
-    schedule_factor,
-    score_completions,
-    seeded_generator,
-    stop_ids,
+from runs import (
+    checkpoint_folders,
+    completion_table,
+    newest_checkpoint,
+    read_journal,
+    read_state,
+    save_checkpoint,
+    whole_folder,
+    wilson_interval,
 )
 
-SMALL = [
-    "num_steps=2",
-    "prompts_per_step=4",
-    "group_size=4",
-    "max_new_tokens=32",
-    "warmup_steps=0",
-    "eval_size=8",
-    "eval_every=1",
-    "lora.rank=4",
-]
+# Signals
 
 
-def train(tmp_path, name, *overrides):
-    """A small run in this process; returns its folder."""
-    overrides = [*SMALL, f"model={TINY}", f"log_dir={tmp_path}", f"run_name={name}", *overrides]
-    grpo_train.main(load_config(grpo_train.GRPOConfig, ROOT / "grpo_config.yml", overrides))
-    return tmp_path / name
+def test_signal_stops_after_the_step_with_a_checkpoint_and_prints_the_command_that_resumes(tmp_path, script):
+    folder, overrides = tmp_path / "run", [f"{script.num_steps}=10", "checkpoint_every=2"]
+    process = Process(script, folder, *overrides)
+    process.wait_until(lambda: "held-out" in process.out)  # the output can be followed in a file
+    process.wait_until(lambda: last_step(folder) >= 2)
+    process.send_signal({"grpo": signal.SIGINT, "es": signal.SIGTERM}[script.key])
+    assert process.wait() == 0, process.err
+    assert "stopping after this step; a second signal stops at once" in process.err and "Traceback" not in process.err
+    step = int(re.search(r"stopped after step (\d+); to resume:\n", process.out)[1])
+    assert 2 <= step < 10 and last_step(folder) == step and not (folder / "model").exists()
+    assert [at for at, _ in scalars(folder)["reward/mean"]] == list(range(1, step + 1))
+    command = shlex.split(process.out.splitlines()[-1])
+    assert command == ["python", str(ROOT / f"{script.name}.py"), "--config", str(folder / "config.yml")]
+    process = Process(script, folder, *command[2:])
+    assert process.wait() == 0 and f"resuming after step {step}" in process.out, process.err
+    assert_same_run(folder, script.train(tmp_path / "uninterrupted", *overrides))
 
 
-# Whole runs
-
-
-def test_script_runs_two_steps_saves_an_adapter_and_says_how_to_load_it(tmp_path):
-    done = run_script([*SMALL, f"log_dir={tmp_path}", "run_name=run"])
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
-    assert f'PeftModel.from_pretrained(base, "{tmp_path}/run/model")' in done.stdout
-    assert "Held-out accuracy, greedy, 8 problems (95% interval)" in done.stdout
-    assert "tiny_model, 835,712 parameters, 38,912 trained\n" in done.stdout
-
-    base = AutoModelForCausalLM.from_pretrained(TINY)
-    ids = torch.arange(20)[None]
-    before = base(input_ids=ids).logits
-    trained = PeftModel.from_pretrained(base, tmp_path / "run" / "model")
-    assert not torch.equal(trained(input_ids=ids).logits, before)
-    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").chat_template
-    assert all((w != 0).any() for n, w in load_file(tmp_path / "run/model/adapter_model.safetensors").items())
-
-    curves = scalars(tmp_path / "run")
-    assert [step for step, _ in curves["eval/strict_accuracy"]] == [0, 1, 2]
-    assert [step for step, _ in curves["reward/mean"]] == [1, 2]  # two steps, each once
-    assert [value for _, value in curves["progress/completions"]] == [16, 32]
-    for tag in (
-        "eval/lenient_accuracy",
-        "reward/accuracy",
-        "reward/format",
-        "time/step",
-        "time/rollout",
-        "throughput/tokens_per_second",
-        "progress/generated_tokens",
-        "progress/seconds",
-        "policy/entropy",
-        "optim/grad_norm",
-    ):
-        assert tag in curves
-    resolved = load_config(grpo_train.GRPOConfig, tmp_path / "run" / "config.yml")
-    assert resolved.group_size == 4 and resolved.lora.rank == 4
-
-
-def test_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
-    folders = [train(tmp_path, "a"), train(tmp_path, "b"), train(tmp_path, "c", "seed=1")]
-    weights = [load_file(folder / "model" / "adapter_model.safetensors") for folder in folders]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
-    curves = [scalars(folder) for folder in folders[:2]]
-    for tag in curves[0]:
-        if not tag.startswith(("time/", "throughput/", "progress/seconds")):
-            assert curves[0][tag] == curves[1][tag], tag
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["kl_weight=0.1", "updates_per_step=2", "gradient_checkpointing=true", "loss_normalization=sequence"],
-        ["lora=null", "kl_weight=0.1", "scale_advantages=batch", "loss_normalization=constant"],
-        ["dtype=bfloat16", "kl_weight=0.1", "scale_advantages=none"],
-        ["lora=null", "dtype=bfloat16", "lr_schedule=cosine"],
-        ["micro_batch_tokens=1", "generation_batch_size=1", "mask_truncated=true"],
-    ],
-    ids=["kl-two-updates", "full-kl", "bf16", "full-bf16", "smallest-batches"],
-)
-def test_each_way_of_training_runs_and_logs_finite_numbers(tmp_path, overrides):
-    folder = train(tmp_path, "run", *overrides)
-    curves = scalars(folder)
-    assert all(math.isfinite(value) for points in curves.values() for _, value in points)
-    if "kl_weight=0.1" in overrides:
-        assert curves["policy/kl_k3"][0][1] == 0 or "updates_per_step=2" in overrides
-        assert curves["policy/kl_k3"][1][1] > 0
-    if "dtype=bfloat16" not in overrides:
-        first_ratios = curves["policy/ratio_min"][0][1], curves["policy/ratio_max"][0][1]
-        assert first_ratios == (1, 1) or "updates_per_step=2" in overrides
-        assert curves["policy/sampler_gap_max"][0][1] < 1e-3
-    if "lora=null" in overrides:
-        loaded = AutoModelForCausalLM.from_pretrained(folder / "model")
-        assert loaded.dtype == torch.float32
-        assert any(
-            not torch.equal(a, b)
-            for a, b in zip(loaded.parameters(), AutoModelForCausalLM.from_pretrained(TINY).parameters(), strict=True)
-        )
-    if "lora=null" not in overrides:
-        weights = load_file(folder / "model" / "adapter_model.safetensors").values()
-        assert {weight.dtype for weight in weights} == {torch.float32}  # in bf16 most updates would round away
-
-
-def test_training_goes_on_from_a_saved_adapter_and_its_kl_starts_at_zero(tmp_path, capsys):
-    first = train(tmp_path, "first", "learning_rate=0.01")
-    second = train(tmp_path, "second", f"model={first / 'model'}", "kl_weight=0.1")
-    # The frozen second copy of the adapter, from which the KL is measured, is not counted.
-    assert capsys.readouterr().out.count(", 835,712 parameters, 38,912 trained\n") == 2
-    curves, before = scalars(second), scalars(first)
-    assert curves["policy/kl_k3"][0][1] == 0
-    assert curves["eval/strict_accuracy"][0][1] == before["eval/strict_accuracy"][-1][1]
-    saved = load_file(second / "model" / "adapter_model.safetensors")
-    assert saved.keys() == load_file(first / "model" / "adapter_model.safetensors").keys()
-
-
-def test_step_without_any_gradient_is_a_no_op(tmp_path):
-    # Two new tokens never complete an answer: every row is truncated, and masked out of the loss.
-    folder = train(tmp_path, "run", "max_new_tokens=2", "mask_truncated=true", "kl_weight=0.1", "weight_decay=0.5")
-    curves = scalars(folder)
-    assert all(math.isfinite(value) for points in curves.values() for _, value in points)
-    assert [value for _, value in curves["completion/truncated"]] == [1, 1]
-    assert [value for _, value in curves["optim/loss"]] == [0, 0]
-    set_seed(0)
-    fresh = grpo_train.make_policy(load_model(TINY, "float32", "cpu"), grpo_train.LoRA(rank=4), False)
-    fresh = {name.replace(".default", ""): parameter for name, parameter in fresh.named_parameters()}
-    for name, weight in load_file(folder / "model" / "adapter_model.safetensors").items():
-        assert torch.equal(weight, fresh[name]), name
-
-
-@pytest.mark.parametrize("masked", [True, False])
-def test_mask_truncated_takes_cut_rows_and_no_others_out_of_the_loss(tmp_path, monkeypatch, masked):
-    seen = []
-    honest = grpo_train.make_micro_batches
-
-    def spy(prompts, completions, advantages, weights, *rest):
-        seen.append((completions.truncated, weights, completions.mask.sum(1)))
-        return honest(prompts, completions, advantages, weights, *rest)
-
-    monkeypatch.setattr(grpo_train, "make_micro_batches", spy)
-    train(tmp_path, "run", "prompts_per_step=12", "max_new_tokens=16", f"mask_truncated={masked}", "kl_weight=0.1")
-    for truncated, weights, lengths in seen:
-        assert truncated.any() and not truncated.all()
-        counted = ~truncated if masked else torch.ones_like(truncated)
-        assert torch.equal(weights > 0, counted)
-        assert float((weights * lengths).sum()) == pytest.approx(1.0)
-
-
-def test_non_finite_gradient_skips_the_step_and_is_counted(tmp_path, monkeypatch):
-    honest = grpo_train.policy_loss
-
-    def poisoned(*args):
-        loss, ratio = honest(*args)
-        return loss * torch.nan, ratio
-
-    monkeypatch.setattr(grpo_train, "policy_loss", poisoned)
-    folder = train(tmp_path, "run")
-    assert [value for _, value in scalars(folder)["optim/skipped_steps"]] == [1, 2]
-    weights = load_file(folder / "model" / "adapter_model.safetensors")
-    assert all((w == 0).all() for name, w in weights.items() if "lora_B" in name)
-
-
-def test_two_processes_take_the_step_of_one_with_hugging_face_datasets_installed(tmp_path, hugging_face_datasets):
-    # Five prompts do not divide by two; the sequence normalization and the KL have denominators of their own.
-    overrides = [
-        *SMALL,
-        f"log_dir={tmp_path}",
-        "device=cpu",
-        "prompts_per_step=5",
-        "learning_rate=1e-3",
-        "kl_weight=0.05",
-        "loss_normalization=sequence",
-    ]
-    for name, launcher in {"one": [sys.executable], "two": TWO_PROCESSES}.items():
-        done = run_script([*overrides, f"run_name={name}"], launcher=launcher, path=[hugging_face_datasets])
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("Held-out accuracy") == 1
-        assert f"device  {1 + (name == 'two')} x cpu" in done.stdout
-    one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")
-    assert one.keys() == two.keys()
-    for tag in one:
-        if not tag.startswith(("time/", "throughput/", "progress/seconds")):
-            rounding = 1e-5 if "sampler_gap" in tag else 1e-6  # that tag is nothing but rounding
-            assert [v for _, v in two[tag]] == pytest.approx([v for _, v in one[tag]], rel=1e-4, abs=rounding), tag
-    weights = [load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("one", "two")]
-    for name in weights[0]:
-        torch.testing.assert_close(weights[1][name], weights[0][name], atol=2e-5, rtol=1e-3)
-
-
-# Bad input, as a user sees it: one line, no traceback, nothing started
-
-
-@pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        (["group_size=1"], "error: command line: group_size: 1: should be greater than or equal to 2"),
-        (["learning_rate=fast"], "error: command line: learning_rate: fast: should be a valid number"),
-        (["--config", "nowhere.yml"], "error: nowhere.yml: [Errno 2] No such file or directory"),
-        (["dataset=math"], "error: dataset: 'math': expected one of math_expr, gsm8k, or a path that ends in .jsonl"),
-        (["rewards={speed: 1}"], "error: rewards: 'speed': expected one of accuracy, format, or my_module"),
-        (["model=nowhere/at_all"], "error: model: 'nowhere/at_all': We couldn't connect to 'https://huggingface.co'"),
-        (["model=tinny"], "error: model: 'tinny': there is no such folder here; on the hub, owner/model is expected"),
-        (["log_dir=README.md/logs", "run_name=run"], "error: log_dir: README.md/logs/run cannot be made: "),
-        (["max_new_tokens=500"], "error: max_new_tokens: 500: a prompt of "),
-        (["model=tests"], "error: model: 'tests': Unrecognized model in tests."),
-        (["prompts_per_step=0"], "error: command line: prompts_per_step: 0: should be greater than 0"),
-    ],
-)
-def test_bad_input_ends_with_one_line(arguments, line, tmp_path):
-    if not any("log_dir" in argument or "--config" in argument for argument in arguments):
-        arguments = [*arguments, f"log_dir={tmp_path / 'logs'}"]
-    done = run_script(arguments)
-    assert done.returncode == 1
-    assert line in done.stderr
-    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
-    assert not list(tmp_path.rglob("events*"))
-
-
-def test_chat_template_that_fails_ends_with_one_line(tmp_path):
-    shutil.copytree(TINY, tmp_path / "model")
-    tokenizer = load_tokenizer(TINY)
-    tokenizer.chat_template = "{{ raise_exception('Upgrade the library') }}"
-    tokenizer.save_pretrained(tmp_path / "model")
-    done = run_script([f"model={tmp_path / 'model'}", f"log_dir={tmp_path / 'logs'}"])
-    assert done.returncode == 1
-    assert done.stderr.strip() == "error: model: its chat template cannot be used: Upgrade the library"
-
-
-def test_run_name_that_exists_is_named_and_nothing_in_it_touched(tmp_path):
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "notes.txt").write_text("mine")
-    done = run_script([f"log_dir={tmp_path}", "run_name=taken"])
-    assert f"{tmp_path}/taken exists already; choose another name or delete it" in done.stderr
-    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["notes.txt"]
-
-
-@pytest.mark.parametrize(
-    ("failure", "code"), [("1 / (2 - len(calls))", 1), ("1.0 if len(calls) < 2 else os._exit(9)", 9)]
-)
-def test_reward_function_that_fails_or_dies_shows_where_and_what_was_logged_before_is_on_disk(tmp_path, failure, code):
-    (tmp_path / "my_reward.py").write_text(
-        f"import os\ncalls = []\ndef f(completions, **columns):\n    calls.append(1)\n"
-        f"    return [{failure} for _ in completions]\n"
+def test_second_signal_ends_the_run_at_once_and_it_resumes(tmp_path, script):
+    reward = tmp_path / "slow_reward.py"
+    reward.write_text(
+        "import pathlib, time\n"
+        "calls = []\n"
+        "def f(completions, **columns):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) > 2:\n"
+        f"        pathlib.Path({str(tmp_path)!r}, 'waiting').touch()\n"
+        "        time.sleep(300)\n"
+        "    return [float(len(text)) for text in completions]\n"
     )
-    arguments = [*SMALL, f"log_dir={tmp_path}", "run_name=run", "rewards={'my_reward:f': 1.0}"]
-    done = run_script(arguments, path=[tmp_path])
-    assert done.returncode == code
-    if code == 1:
-        assert "Traceback" in done.stderr and done.stderr.endswith("ZeroDivisionError: division by zero\n")
-        assert f'File "{tmp_path}/my_reward.py", line 5, in ' in done.stderr and failure in done.stderr
-    curves = scalars(tmp_path / "run")
-    assert [step for step, _ in curves["eval/strict_accuracy"]] == [0, 1]
-    logged = [tag for tag in curves if not tag.startswith(("eval/", "time/evaluate"))]
-    assert len(logged) > 20 and all([step for step, _ in curves[tag]] == [1] for tag in logged)
+    folder, overrides = tmp_path / "run", ["rewards={'slow_reward:f': 1.0}", "checkpoint_every=1"]
+    overrides += ["population_batch=6"] * (script.key == "es")
+    process = Process(script, folder, *overrides, import_path=[tmp_path])
+    process.wait_until((tmp_path / "waiting").exists)
+    process.send_signal(signal.SIGTERM)
+    process.wait_until(lambda: "stopping after this step" in process.err)
+    assert process.process.is_alive()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == -signal.SIGTERM
+    reward.write_text("def f(completions, **c):\n    return [float(len(x)) for x in completions]\n")
+    process = Process(script, folder, *overrides, import_path=[tmp_path])
+    assert process.wait() == 0 and "resuming after step 2" in process.out, process.err
 
 
-# Code that a user edits
+def test_signal_during_set_up_ends_the_run_at_once(tmp_path):
+    (tmp_path / "slow_import.py").write_text(
+        f"import pathlib, time\npathlib.Path({str(tmp_path)!r}, 'waiting').touch()\ntime.sleep(300)\n"
+    )
+    process = Process(SCRIPTS["grpo"], tmp_path / "run", "rewards={'slow_import:f': 1.0}", import_path=[tmp_path])
+    process.wait_until((tmp_path / "waiting").exists)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == -signal.SIGINT and "Traceback" not in process.err
+
+
+def test_first_signal_is_noted_the_second_is_not_caught_and_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with runs.stop_signals() as received:
+        assert not received
+        signal.raise_signal(signal.SIGINT)
+        assert received == [signal.SIGINT]
+        assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+# One line for a full disk and for memory that runs out
+
+
+def last_line(monkeypatch, script, main):
+    """The line that the script ends with if its main() is `main`."""
+    monkeypatch.setattr(sys, "argv", [f"{script.name}.py"])
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)  # handlers stay pytest's
+    with pytest.raises(SystemExit) as error:
+        utils.run_from_command_line(main, script.config_class, ROOT / f"{script.key}_config.yml")
+    return str(error.value)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Exception("File too large (os error 27)")])
+def test_any_exception_for_a_full_disk_is_one_line(tmp_path, monkeypatch, error):
+    def save(path):
+        (path / "tokenizer.json").write_text("half")
+        raise error
+
+    script = SCRIPTS["grpo"]
+    line = last_line(monkeypatch, script, lambda config: save_checkpoint(tmp_path, {"step": 1}, 2, save))
+    assert line == f"error: the disk is full: {error}; what was saved before is intact"
+    assert not list((tmp_path / "checkpoints").iterdir())
+    with pytest.raises(TypeError):  # a bug is no full disk
+        last_line(monkeypatch, script, lambda config: config + 1)
+
+
+@pytest.mark.parametrize("where", ["grpo rollout", "grpo update", "es rollout"])
+def test_out_of_gpu_memory_ends_the_run_with_one_line_that_names_the_keys(tmp_path, monkeypatch, where):
+    script, refused, honest = SCRIPTS[where.split()[0]], [], utils.load_model
+
+    def refuse(module, inputs, *outputs):
+        if "update" in where or len(inputs[0]) > 8:  # there is room for evaluation, but not for a rollout
+            refused.append(module)
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB.")
+
+    def load_model(*arguments):
+        model = honest(*arguments)
+        layer = model.model.layers[1]
+        layer.register_full_backward_hook(refuse) if "update" in where else layer.register_forward_pre_hook(refuse)
+        return model
+
+    monkeypatch.setattr(utils, "load_model", load_model)
+    assert last_line(monkeypatch, script, lambda config: script.train(tmp_path / "run")) == (
+        "error: out of GPU memory: lower max_new_tokens or the keys of Memory and speed "
+        "(CUDA out of memory. Tried to allocate 9 GiB.)"
+    )
+    assert len(refused) == 1  # nothing is tried again
+
+
+# Steps with a non-finite reward, loss or gradient
 
 
 @pytest.fixture
-def clone(tmp_path):
-    """The folder of a copy of all that a run needs."""
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.yml")]:
-        shutil.copy(path, tmp_path)
-    shutil.copytree(TINY, tmp_path / "tiny_model")
-    return tmp_path
-
-
-@pytest.mark.parametrize(("name", "bug"), [("grpo", "P, G, extra = rewards.shape"), ("es", "N, extra = rewards.shape")])
-def test_error_in_edited_code_shows_its_traceback_and_location(clone, name, bug):
-    path = clone / f"{name}_train.py"
-    code, train, body = path.read_text().partition("\ndef train(")
-    body, count = re.subn(r"^( +)rewards = .*\n", rf"\g<0>\1{bug}\n", body, flags=re.MULTILINE)
-    assert count == 1
-    path.write_text(code + train + body)
-    done = run_script(SCRIPTS[name].small, path, cwd=clone)
-    assert done.returncode != 0
-    assert "Traceback" in done.stderr and bug in done.stderr and f'"{path}", line ' in done.stderr
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_script_without_its_docstring_shows_its_help_and_importing_it_starts_nothing(clone, name):
-    path = clone / f"{name}_train.py"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[ast.parse("".join(lines)).body[0].end_lineno :]))
-    before = sorted(clone.iterdir())
-    for arguments in ([path, "--help"], ["-c", f"import {name}_train"]):
-        command = [sys.executable, "-B", *arguments]
-        done = subprocess.run(command, cwd=clone, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert ("key=value" in done.stdout) == ("--help" in arguments) == bool(done.stdout)
-    assert sorted(clone.iterdir()) == before
-
-
-# Models and prompts
-
-
-def test_folder_without_weights_or_with_some_missing_is_named(tmp_path):
-    model = make_model()
-    model.save_pretrained(tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
-    with pytest.raises(UserError, match="model: '.*empty': .*safetensors") as error:
-        load_model(str(tmp_path / "empty"), "float32", "cpu")
-    assert "\n" not in str(error.value)
-
-    weights = load_file(tmp_path / "whole" / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, tmp_path / "whole" / "model.safetensors", metadata={"format": "pt"})
-    missing = "whole': 1 of its weights are missing, such as model.layers.1.mlp.up_proj.weight"
-    with pytest.raises(UserError, match=missing):
-        load_model(str(tmp_path / "whole"), "float32", "cpu")
-
-    file = tmp_path / "whole" / "model.safetensors"
-    for content in (file.read_bytes()[:1000], b"version https://git-lfs.github.com/spec/v1\n"):  # cut off; a pointer
-        file.write_bytes(content)
-        with pytest.raises(UserError, match="model: '.*whole': ") as error:
-            load_model(str(tmp_path / "whole"), "float32", "cpu")
-        assert "\n" not in str(error.value)
-
-
-def test_end_ids_are_all_of_the_generation_config_and_the_tokenizers():
-    model, tokenizer = make_model(), load_tokenizer(TINY)
-    model.generation_config.eos_token_id = [5, 9]
-    assert stop_ids(model, tokenizer) == sorted({5, 9, tokenizer.eos_token_id})
-
-
-def test_prompts_follow_the_chat_template_or_plain_text():
-    tokenizer = load_tokenizer(TINY)
-    chat, alone = (tokenizer.decode(encode_prompts(tokenizer, [{"prompt": "2+2"}], s)[0]) for s in ("Be brief.", ""))
-    assert chat == "<|system|>Be brief.<|user|>2+2<|assistant|>"
-    assert alone == "<|user|>2+2<|assistant|>"
-    tokenizer.chat_template = None
-    plain, alone = (tokenizer.decode(encode_prompts(tokenizer, [{"prompt": "2+2"}], s)[0]) for s in ("Be brief.", ""))
-    assert plain == "Be brief.\n\nUser: 2+2\n\nAssistant:"
-    assert alone == "User: 2+2\n\nAssistant:"
-
-
-def test_system_prompt_goes_to_the_user_where_the_template_takes_none():
-    tokenizer = load_tokenizer(TINY)
-    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    tokenizer.chat_template = refuse + tokenizer.chat_template
-    (ids,) = encode_prompts(tokenizer, [{"prompt": "2+2"}], "Be brief.")
-    assert tokenizer.decode(ids) == "<|user|>Be brief.\n\n2+2<|assistant|>"
-    tokenizer.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
-    assert tokenizer.decode(encode_prompts(tokenizer, [{"prompt": "2+2"}], "Be brief.")[0]) == "Be brief.\n\n2+2"
-    assert tokenizer.decode(encode_prompts(tokenizer, [{"prompt": "2+2"}], "")[0]) == "2+2"
-    tokenizer.chat_template = "{{ raise_exception('Upgrade the library') }}"
-    for system_prompt in ("Be brief.", ""):
-        with pytest.raises(UserError, match="^model: its chat template cannot be used: Upgrade the library$"):
-            encode_prompts(tokenizer, [{"prompt": "2+2"}], system_prompt)
-
-
-def test_prompts_do_not_change_with_the_date():
-    tokenizer = load_tokenizer(TINY)
-    today = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"  # as Llama's templates do
-    tokenizer.chat_template = today + tokenizer.chat_template
-    assert (
-        tokenizer.decode(encode_prompts(tokenizer, [{"prompt": "2+2"}], "")[0]) == "26 Jul 2024<|user|>2+2<|assistant|>"
+def sick_reward(tmp_path, monkeypatch):
+    """A reward function that returns `value` for its third completion in the calls `sick_calls`."""
+    (tmp_path / "sick_reward.py").write_text(
+        "calls, sick_calls, value = [], [], float('nan')\n"
+        "def f(completions, **columns):\n"
+        "    calls.append(1)\n"
+        "    bad = len(calls) - 1 in sick_calls\n"
+        "    return [value if bad and i == 2 else float(len(text)) for i, text in enumerate(completions)]\n"
     )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "sick_reward", raising=False)
+    import sick_reward
+
+    return sick_reward
 
 
-def test_think_tag_that_the_template_writes_is_scored_with_the_completion_and_not_asked_for_twice(capsys, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    ids = tokenizer(["1+1=2</think><answer>2</answer>", "2"]).input_ids
-    length = max(map(len, ids))
-    tokens = torch.tensor([row + [0] * (length - len(row)) for row in ids])
-    mask = torch.arange(length) < torch.tensor([[len(row)] for row in ids])
-    completions = Completions(tokens, mask, torch.zeros(2, length), torch.zeros(2, dtype=torch.bool))
-    problems = [Problem({"prompt": "1+1", "answer": "2"}, [])] * 2
-    scores = score_completions({"accuracy": 1.0}, completions, tokenizer, problems)
-    assert [row["accuracy/strict"] for row in scores] == [0, 0]
+def one_call_a_step(script):
+    more = {"grpo": [], "es": ["population_batch=6"]}[script.key]
+    return ["rewards={accuracy: 1.0, 'sick_reward:f': 1.0}", "checkpoint_every=1", *more]
 
-    opened = "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
-    tokenizer.chat_template += opened
-    tokenizer.save_pretrained(tmp_path)
-    tokenizer = load_tokenizer(str(tmp_path))
-    assert "begins every answer with <think>, " in capsys.readouterr().out
-    assert (
-        tokenizer.decode(encode_prompts(tokenizer, [{"prompt": "1+1"}], "")[0]) == "<|user|>1+1<|assistant|><think>\n"
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_non_finite_reward_skips_the_step_and_is_printed_counted_and_logged(
+    tmp_path, capsys, script, sick_reward, value
+):
+    sick_reward.sick_calls, sick_reward.value = [1, 3], value  # not in a row: max_skipped_steps is not reached
+    folder = script.train(tmp_path / "run", *one_call_a_step(script), "keep_checkpoints=9", "max_skipped_steps=2")
+    out = capsys.readouterr().out
+    assert f"step 2 skipped: reward/sick_reward:f of completion 2 is {value}\n" in out
+    assert [v for _, v in scalars(folder)["optim/skipped_steps"]] == [0, 1, 1, 2]
+    states = {step: read_state(path)["weights"] for step, path in checkpoint_folders(folder).items()}
+    assert states[1] == states[2] != states[3] == states[4]
+    assert all(weight.isfinite().all() for weight in model_weights(folder).values())
+
+
+def test_many_skipped_steps_in_a_row_stop_the_run_with_the_reason(tmp_path, script, sick_reward):
+    sick_reward.sick_calls = range(2, 100)
+    overrides = [*one_call_a_step(script), "max_skipped_steps=3", "lr_schedule=constant", "keep_checkpoints=1"]
+    overrides += [f"{script.num_steps}=7"]
+    with pytest.raises(UserError) as error:
+        script.train(tmp_path / "run", *overrides)
+    assert str(error.value) == (
+        "max_skipped_steps: 3 steps in a row were skipped, the last because "
+        "reward/sick_reward:f of completion 2 is nan; the last checkpoint from before them: "
+        f"{tmp_path}/run/checkpoints/step_000002"  # though each step is saved
     )
-    assert completion_texts(completions, tokenizer) == ["<think>1+1=2</think><answer>2</answer>", "<think>2"]
-    scores = score_completions({"accuracy": 1.0}, completions, tokenizer, problems)
-    assert [row["accuracy/strict"] for row in scores] == [1, 0]
-    told_not_to = opened.replace("<think>\n", "<think>\n\n</think>\n\n")
-    tokenizer.chat_template = tokenizer.chat_template.replace(opened, told_not_to)
-    assert completion_texts(completions, tokenizer)[1] == "<think></think>2"
+    sick_reward.sick_calls = []
+    script.train(tmp_path / "run", *overrides)  # mended, it resumes
+    assert scalars(tmp_path / "run")["optim/skipped_steps"][-1][1] == 2  # the third was not saved
 
 
-def test_model_without_chat_template_is_said_once(tmp_path, capsys):
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(tmp_path)
-    load_tokenizer(str(tmp_path))
-    assert capsys.readouterr().out.count("has no chat template") == 1
+def test_non_finite_log_prob_of_the_sampler_skips_the_step(tmp_path, capsys, monkeypatch, script):
+    honest, calls = generation.sample, []
+
+    def sample(*arguments):
+        tokens, log_probs = honest(*arguments)
+        calls.append(1)
+        if len(calls) == 5:
+            log_probs[1] = torch.nan
+        return tokens, log_probs
+
+    monkeypatch.setattr(generation, "sample", sample)
+    accuracy = {"strict_accuracy": 0.0, "lenient_accuracy": 0.0}
+    monkeypatch.setattr(utils, "evaluate", lambda setup: (accuracy, [], []))  # only rollouts count as calls
+    folder = script.train(tmp_path / "run", f"{script.num_steps}=2")
+    assert "step 1 skipped: log_prob of completion 1 is nan" in capsys.readouterr().out
+    assert [v for _, v in scalars(folder)["optim/skipped_steps"]] == [1, 1]
 
 
-# Data order, schedules, statistics
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_non_finite_loss_or_gradient_skips_the_step(tmp_path, capsys, monkeypatch, what):
+    script, honest, calls = SCRIPTS["grpo"], grpo_train.policy_loss, []
+
+    def policy_loss(log_probs, *args):
+        loss, ratio = honest(log_probs, *args)
+        calls.append(1)
+        if len(calls) == 1 and what == "loss":
+            loss = loss + torch.inf  # a constant: its gradient is finite
+        if len(calls) == 1 and what == "gradient":
+            log_probs.register_hook(lambda grad: grad * torch.inf)
+        return loss, ratio
+
+    monkeypatch.setattr(grpo_train, "policy_loss", policy_loss)
+    overrides = ["num_steps=2", "checkpoint_every=1", "updates_per_step=2"]
+    folder = script.train(tmp_path / "run", *overrides)
+    out = capsys.readouterr().out
+    loss, norm = re.search(r"step 1 skipped: the loss is (\S+), the norm of its gradient (\S+)\n", out).groups()
+    assert (loss in ("inf", "nan"), norm == "nan") == (what == "loss", what == "gradient")
+    assert [v for _, v in scalars(folder)["optim/skipped_steps"]] == [1, 1]
+    assert len(calls) == 1 + 2  # the skipped step makes no second update
+    first, second = (read_state(checkpoint_folders(folder)[step])["weights"] for step in (1, 2))
+    assert first != second and all(weight.isfinite().all() for weight in model_weights(folder).values())
 
 
-def test_every_epoch_holds_every_item_once_in_an_order_of_its_own():
-    items = list(range(10))
-    whole = draw_problems(items, 0, 30, seed=0)
-    epochs = [whole[i : i + 10] for i in (0, 10, 20)]
-    assert all(sorted(epoch) == items for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert [item for step in range(5) for item in draw_problems(items, step, 7, seed=0)][:30] == whole
-    assert draw_problems(items, 0, 10, seed=1) != epochs[0]
+# The run's folder and its checkpoints
 
 
-def test_generators_of_different_streams_and_indices_differ():
-    keys = [(seed, stream, index) for seed in (0, 1) for stream in ("data", "rollout") for index in (0, 1, 2**32 - 1)]
-    draws = [tuple(torch.rand(4, generator=seeded_generator(*key)).tolist()) for key in keys]
-    assert len(set(draws)) == len(keys)
-    assert draws[0] == tuple(torch.rand(4, generator=seeded_generator(*keys[0])).tolist())
+def test_folder_is_made_or_reopened_and_never_one_with_anything_else_in_it(tmp_path, monkeypatch, script):
+    def find(**values):
+        overrides = (f"{key}={json.dumps(value)}" for key, value in values.items())
+        folder, _, lock = runs.open_folder(script.config(tmp_path / "x", *overrides))
+        lock.release()
+        return folder
+
+    for name, content in {"begun": "identity.json", "killed": "identity.json.partial", "foreign": "notes.txt"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / content).touch()
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "new", "empty", "begun", "killed"):
+        assert find(run_name=name) == tmp_path / name and (tmp_path / name).is_dir()
+    monkeypatch.setattr(time, "strftime", lambda format: "begun")  # two unnamed runs of one second
+    for values in ({"run_name": "begun", "resume": "never"}, {"run_name": None}, {"run_name": "foreign"}):
+        with pytest.raises(UserError, match="(begun|foreign) exists already; choose another name or delete it"):
+            find(**values)
 
 
-def test_schedule_warms_up_and_decays_and_no_step_is_wasted():
-    factors = {s: [schedule_factor(s, step, 10, 3) for step in range(10)] for s in ("constant", "linear", "cosine")}
-    for values in factors.values():
-        assert values[:4] == [0.25, 0.5, 0.75, 1.0]
-        assert min(values) > 0
-    assert factors["constant"][4:] == [1.0] * 6
-    assert factors["linear"][4:] == pytest.approx([6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7])
-    assert factors["cosine"][-1] == pytest.approx((1 + math.cos(math.pi * 6 / 7)) / 2)
+def save_small(folder, step, keep=2):
+    def write(path):
+        (path / "model").mkdir()
+        (path / "model" / "weights").write_bytes(bytes([step]) * 100)
+
+    save_checkpoint(folder, {"step": step}, keep, write)
+    return folder / "checkpoints"
 
 
-def test_wilson_interval_by_published_values():
-    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-3)
-    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-3)  # Newcombe 1998, table I
+def test_folder_that_replaces_another_is_whole_or_absent(tmp_path):
+    for content in ("first", "second"):
+        with whole_folder(tmp_path / "out") as path:
+            (path / "file").write_text(content)
+            assert not (tmp_path / "out").exists() or (tmp_path / "out" / "file").read_text() == "first"
+    with contextlib.suppress(KeyError), whole_folder(tmp_path / "out"):
+        raise KeyError
+    assert (tmp_path / "out" / "file").read_text() == "second"
+    assert os.listdir(tmp_path) == ["out"]
 
 
-def test_evaluation_is_greedy_and_counts_strict_and_lenient():
-    model, tokenizer = load_model(TINY, "float32", "cpu"), load_tokenizer(TINY)
-    wordings = ("Compute", "Evaluate", "Multiply out")  # the last two mostly without tags
-    items = [{"prompt": f"{w} {a}+4", "answer": str(a + 4)} for w in wordings for a in range(1, 7)]
-    ids = encode_prompts(tokenizer, items, "")
+def test_at_whatever_call_a_process_dies_the_newest_checkpoint_is_whole(tmp_path, monkeypatch):
+    """Each call that moves or removes files is in turn the last: before it, and for rmtree in the middle of it."""
+    for last in range(100):
+        folder, calls = tmp_path / str(last), []
+        save_small(folder, 1), save_small(folder, 2)
 
-    def metrics(items, batch_size):
-        problems = [Problem(*pair) for pair in zip(items, ids, strict=True)]
-        decoding = settings(48, stop_ids(model, tokenizer), tokenizer.pad_token_id, batch_size=batch_size)
-        return evaluate(Setup(Accelerator(cpu=True), model, tokenizer, [], problems, decoding))[0]
+        def dies(honest, calls=calls, last=last):
+            def call(moved, *args, **kwargs):
+                if len(calls) == last and honest is shutil.rmtree and Path(moved).exists():
+                    next(file for file in Path(moved).rglob("*") if file.is_file()).unlink()
+                if len(calls) >= last:  # dead, it does not clean up either
+                    calls.append("dead")
+                    raise KeyboardInterrupt
+                calls.append(honest.__name__)
+                return honest(moved, *args, **kwargs)
 
-    result = metrics(items, 3)
-    assert result == metrics(items, 99)
-    assert 0 < result["strict_accuracy"] < result["lenient_accuracy"] <= 1
-    wrong = metrics([{**item, "answer": "1000"} for item in items], 99)
-    assert wrong == {**result, "strict_accuracy": 0, "lenient_accuracy": 0}
+            return call
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(shutil, "rmtree", dies(shutil.rmtree))
+            patch.setattr(Path, "rename", dies(Path.rename))
+            save_small(folder, 3)
+        path, state = newest_checkpoint(folder)
+        assert state["step"] in (2, 3) and read_state(path) == state
+        assert sorted(os.listdir(save_small(folder, 4)))[-1] == "step_000004"
+        assert not list((folder / "checkpoints").glob("*.partial"))
+        if "dead" not in calls:
+            break
+    assert {"rename", "rmtree"} <= set(calls) and last >= 4
 
 
-def test_completions_in_the_log_are_text_and_never_markup():
-    texts = ["<script>alert(1)</script>|\n<think>", "<think>.</think><answer>7</answer>", "it is 7"]
-    table = completion_table([{"prompt": "<b>", "answer": "7"}] * 3, texts)
-    assert "<script>" not in table and "<b>" not in table and "&lt;script&gt;" in table and "\n" not in table
+def test_leftovers_of_kills_and_damaged_or_lost_checkpoints_make_way_for_good_ones(tmp_path, monkeypatch, capsys):
+    checkpoints = save_small(tmp_path, 1)
+    for name in ("step_000002.partial", "step_000005"):  # half written; of steps that were lost, and damaged
+        (checkpoints / name / "model").mkdir(parents=True)
+        (checkpoints / name / "model" / "half").touch()
+    save_small(tmp_path, 2)
+    assert sorted(os.listdir(checkpoints)) == ["step_000001", "step_000002"]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: None)
+        save_small(tmp_path, 3)
+    assert list(checkpoint_folders(tmp_path)) == [3, 2, 1]
+    assert f"{tmp_path}/checkpoints/step_000001 cannot be removed" in capsys.readouterr().out
+    assert sorted(os.listdir(save_small(tmp_path, 4))) == ["step_000003", "step_000004"]
+
+
+DAMAGE = {
+    "truncated": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "emptied": lambda file: os.truncate(file, 0),
+    "lengthened": lambda file: file.write_bytes(file.read_bytes() + b"\0"),
+    "deleted": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("num_flips", [2, pytest.param(50, marks=pytest.mark.slow)])
+def test_any_damage_to_any_file_of_a_checkpoint_is_found_and_the_file_named(
+    tmp_path, capsys, script, finished, num_flips
+):
+    copy = shutil.copytree(finished[script.key], tmp_path / "run")
+    newest, previous = checkpoint_folders(copy).values()
+    flips = {i: lambda file, i=i: flip_a_bit(file, i) for i in range(num_flips)}
+    files = sorted(files_of(newest))
+    assert len(files) >= 6 and {"state.json", "sha256.json"} < set(files)
+    for name in files:
+        whole = (newest / name).read_bytes()
+        for damage in (DAMAGE | flips).values():
+            damage(newest / name)
+            path, state = newest_checkpoint(copy)
+            assert path == previous and state["step"] == 2
+            named = "\\S*" if name == "sha256.json" else re.escape(name)
+            assert re.match(rf"resume: {newest}/{named} is damaged or missing: trying", capsys.readouterr().out)
+            (newest / name).write_bytes(whole)
+    assert newest_checkpoint(copy)[0] == newest
+
+
+def test_invalid_checksums_are_damage(tmp_path):
+    (tmp_path / "state.json").write_text("{}")
+    for content in (b"", b"{}", bytes(100), b'{"state.json": 1}', b'{"state', b"\xff"):
+        (tmp_path / "sha256.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"(sha256|state)\.json is damaged or missing"):
+            read_state(tmp_path)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+journal_line = st.dictionaries(st.text(max_size=9), json_values).map(lambda state: json.dumps(state).encode() + b"\n")
+
+
+@given(st.lists(st.binary(max_size=40) | journal_line | st.just(b"\n"), max_size=6))
+def test_any_journal_is_read_up_to_its_last_whole_line_or_named(tmp_path_factory, some):
+    path, content = tmp_path_factory.getbasetemp() / "journal.jsonl", b"".join(some)
+    path.write_bytes(content)
+    try:
+        states = read_journal(path)
+    except UserError as error:
+        assert str(error) == f"resume: {path} is damaged"
+        return
+    whole = content[: content.rfind(b"\n") + 1]
+    assert path.read_bytes() == whole and len(states) == whole.count(b"\n")
+    assert json.dumps(read_journal(path)) == json.dumps(states)
+
+
+# What TensorBoard gets
+
+
+def test_completions_in_the_log_are_marked_right_wrong_or_wrong_in_format():
+    texts = ["7 eggs", "<think>.</think><answer>7</answer>", "it is 8"]
+    table = completion_table([{"prompt": "<b>\n", "answer": "7"}] * 3, texts)
     rows = table.split("<tr>")[2:]
-    assert all(row.count("</td>") == 4 for row in rows)
-    assert [re.match("<td>(.*?)</td>", row)[1] for row in rows] == ["✗", "✓", "✗ format"]
+    assert [re.match("<td>(.*?)</td>", row)[1] for row in rows] == ["✗ format", "✓", "✗"]
+    assert "\n" not in table and all("<td>&lt;b&gt;<br></td><td>7</td>" in row for row in rows)
 
 
-def test_hyperparameters_config_and_completions_are_logged_from_the_start(tmp_path):
-    folder = SCRIPTS["grpo"].train(tmp_path / "run", stop_after=0)
-    events = EventAccumulator(str(folder), size_guidance={"tensors": 0})
-    events.Reload()
+class Table(html.parser.HTMLParser):
+    """The tags of a table, and its cells as they read."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.cells = set(), []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add((tag, *attributes))
+        self.cells += [""] * (tag in ("td", "th"))
+
+    def handle_data(self, data):
+        if self.cells:
+            self.cells[-1] += visible(data)
+
+
+def visible(text):
+    return "".join(c for c in text if c.isprintable() and c not in " ?")  # TensorBoard shows "?" for control characters
+
+
+@pytest.mark.filterwarnings("ignore:html5lib")
+@given(st.text(alphabet="<>&\"'`*_|\\[]()#-1.! \n\r\tab=/:;\x02\x03\u2028"))
+@example("`a` [link](javascript:alert(1)) ![image](http://x/y.png) <b>*_|\\ &amp; \x02amp\x03 # 1. -\r\u2028")
+@example("</td></table>\r\n\r\n<script>alert(1)</script>\n\n# heading")
+def test_completions_in_the_log_are_text_and_never_markup(text):
+    table = completion_table([{"prompt": text, "answer": text}], [text])
+    for shown in (table, markdown_to_safe_html(table)):  # as written, and as TensorBoard serves it
+        parsed = Table(shown)
+        assert parsed.tags <= {(tag,) for tag in ("table", "tbody", "tr", "th", "td", "br")}
+        assert parsed.cells[5:] == [visible(text)] * 3
+
+
+def test_config_hyperparameters_and_completions_are_logged(finished):
+    events = read_events(finished["grpo"])
     assert {"config/text_summary", "completions/text_summary"} <= set(events.Tags()["tensors"])
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     logged = HParamsPluginData.FromString(content).session_start_info.hparams
@@ -512,26 +465,30 @@ def test_hyperparameters_config_and_completions_are_logged_from_the_start(tmp_pa
     assert logged["model"].string_value == TINY
 
 
-def test_accuracy_is_logged_by_tokens_and_seconds_too(tmp_path):
-    folder = train(tmp_path, "run", "eval_size=64")
+def test_accuracy_is_logged_by_tokens_and_by_seconds_of_training(finished, script):
+    folder = finished[script.key]
     curves, by_tokens = scalars(folder), scalars(folder / "by_tokens")
     tokens, seconds = (
-        [0, *(value for _, value in curves[f"progress/{name}"])] for name in ("generated_tokens", "seconds")
+        [0, *(value for _, value in curves[f"progress/{x}"][1::2])] for x in ("generated_tokens", "seconds")
     )
     for name in ("strict_accuracy", "lenient_accuracy"):
         values = [value for _, value in curves[f"eval/{name}"]]
         assert by_tokens[f"by_tokens/{name}"] == [(n // 1000, value) for n, value in zip(tokens, values, strict=True)]
     assert by_tokens["by_tokens/strict_accuracy"] != by_tokens["by_tokens/lenient_accuracy"]
-    events = EventAccumulator(str(folder / "by_tokens"))
-    events.Reload()
+    events = read_events(folder / "by_tokens")
     assert [e.wall_time for e in events.Scalars("by_tokens/strict_accuracy")] == pytest.approx(seconds, rel=1e-6)
 
 
 # What a person sees in the terminal
 
 
+def test_wilson_interval_by_published_values():
+    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-3)
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-3)  # Newcombe 1998, table I
+
+
 @pytest.mark.parametrize(("num_steps", "hours"), [(60, 0), (1740, 100)])
-def test_bar_shows_all_it_has_in_80_columns(num_steps, hours):
+def test_progress_bar_fits_80_columns(num_steps, hours):
     run = runs.Run.__new__(runs.Run)
     run.progress, run.state = tqdm(total=num_steps, bar_format=runs.BAR, file=open(os.devnull, "w")), {"step": 1}
     metrics = {"reward/mean": 0.9876, "accuracy/strict": 1.0}
@@ -543,20 +500,7 @@ def test_bar_shows_all_it_has_in_80_columns(num_steps, hours):
     assert line.endswith(" left, reward 0.99, accuracy 100%, 123k tokens/s")
 
 
-def test_output_can_be_followed_in_a_file(tmp_path):
-    arguments = [f"log_dir={tmp_path}", "run_name=run", "num_steps=1000", f"model={TINY}"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    with open(tmp_path / "out", "w") as out:
-        command = [sys.executable, ROOT / "grpo_train.py", *arguments]
-        process = subprocess.Popen(command, stdout=out, cwd=ROOT, env=environment)
-    try:
-        wait_until(lambda: "held-out" in (tmp_path / "out").read_text(), process)
-    finally:
-        process.kill()
-        process.wait()
-
-
-def test_without_a_terminal_there_is_a_line_now_and_then(tmp_path, capsys, monkeypatch):
+def test_without_a_terminal_there_is_a_line_every_half_minute(tmp_path, capsys, monkeypatch):
     now = [0.0]
 
     def takes(seconds, function):
@@ -565,16 +509,9 @@ def test_without_a_terminal_there_is_a_line_now_and_then(tmp_path, capsys, monke
     monkeypatch.setattr(runs, "time", types.SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]))
     monkeypatch.setattr(utils, "evaluate", takes(1000, utils.evaluate))
     monkeypatch.setattr(grpo_train, "rollout", takes(12, grpo_train.rollout))
-    train(tmp_path, "run", "num_steps=8", "eval_every=8")
+    SCRIPTS["grpo"].train(tmp_path / "run", "num_steps=8", "eval_every=8")
     output = capsys.readouterr()
     status = r"reward -?\d\.\d\d, accuracy \d+%, [\d.]+ tokens/s"
     lines = re.findall(rf"^ +(\d/8)  {status}, (\d\d:\d\d) left$", output.out, re.MULTILINE)
     assert lines == [("3/8", "01:00"), ("6/8", "00:24")]
     assert not output.err
-
-
-def test_processes_other_than_the_first_say_nothing(capsys):
-    run = runs.Run.__new__(runs.Run)
-    run.is_main = False
-    run.say("a line")
-    assert not capsys.readouterr().out

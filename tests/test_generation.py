@@ -1,0 +1,370 @@
+"""Sampling and scoring against a slow oracle: one row at a time, float64, no cache, no padding."""
+
+import contextlib
+import types
+from unittest.mock import Mock
+
+import pytest
+import torch
+from conftest import EOS, PAD, VOCAB, make_like, make_model, oracle_log_probs, random_prompts, settings
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+import generation
+from es_train import Population, noise_generators, noise_shapes
+from generation import GraphedStep, completion_log_probs, generate, sample
+from grpo_train import LoRA, make_micro_batches, make_policy, merged_adapter
+from reward import UserError
+from utils import check_chunked_head, fingerprint
+
+PROMPTS = random_prompts([3, 9, 5, 1])
+G, MAX_NEW = 6, 24
+STOP = [EOS, 7]  # two end tokens, as Qwen and Llama have
+SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
+KINDS = {"qwen2": {}, "llama": {"family": "llama"}, "sliding window": SLIDING}
+GPU = type("GPU", (str,), {"type": "cuda"})("cpu")  # tensors accept it as the CPU; its type says that it is a GPU
+
+
+def prompts_after(beginning, lengths=(3, 9, 5, 1)):
+    """Random prompts with the same first `beginning` tokens."""
+    (start,) = random_prompts([beginning], seed=5)
+    return [start + rest for rest in random_prompts(lengths)]
+
+
+def draws(num_rows):
+    return torch.rand(num_rows, MAX_NEW, generator=torch.Generator().manual_seed(1))
+
+
+def rollout(model, prompts=PROMPTS, stop_ids=STOP, **options):
+    return generate(model, prompts, settings(MAX_NEW, stop_ids, **options), G, draws(len(prompts) * G))
+
+
+def rows_of(completions):
+    return [tokens[mask].tolist() for tokens, mask in zip(completions.tokens, completions.mask, strict=True)]
+
+
+def assert_as_the_oracle(out, model, prompts, stop_ids=STOP, temperature=1.0, pad_id=PAD, greedy=False):
+    """Each token is the one that the oracle draws after the tokens before it, until an end token or the limit."""
+    num_samples, uniforms = len(out.tokens) // len(prompts), draws(len(out.tokens))
+    for row, tokens in enumerate(rows_of(out)):
+        prompt, count = prompts[row // num_samples], len(tokens)
+        exact = oracle_log_probs(model, prompt + tokens, temperature)[len(prompt) - 1 : -1]  # (count, V)
+        first_above_draw = (exact.exp().cumsum(1) <= uniforms[row, :count, None]).sum(1)
+        assert tokens == (exact.argmax(1) if greedy else first_above_draw).tolist()
+        expected = exact.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        torch.testing.assert_close(out.log_probs[row, :count].double(), expected, atol=1e-5, rtol=0)
+        assert out.mask[row, :count].all() and not out.log_probs[row, count:].any()
+        assert (out.tokens[row, count:] == pad_id).all()
+        *before, last = [token in stop_ids for token in tokens]
+        assert not any(before) and (last or count == MAX_NEW)
+        assert out.truncated[row] == (not last)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize(("temperature", "batch_size"), [(1.0, 1000), (0.7, 1), (0.7, 3 * G)])
+def test_samples_equal_the_oracle_row_by_row_at_any_temperature_and_batch_size(family, temperature, batch_size):
+    model = make_model(family=family)
+    out = rollout(model, temperature=temperature, batch_size=batch_size)
+    lengths = out.mask.sum(1)
+    assert lengths.min() < MAX_NEW / 2 and lengths.max() == MAX_NEW  # some rows drop out early, some run to the end
+    assert_as_the_oracle(out, model, PROMPTS, temperature=temperature)
+
+
+def test_greedy_tokens_equal_the_oracle_and_a_second_greedy_sample_is_refused(model):
+    assert_as_the_oracle(generate(model, PROMPTS, settings(MAX_NEW, STOP)), model, PROMPTS, greedy=True)
+    with pytest.raises(AssertionError, match="greedy completions of one prompt are all the same"):
+        generate(model, PROMPTS, settings(MAX_NEW, STOP), num_samples=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lengths", [[3, 9, 5, 1], [4, 4, 4, 4], [0, 6, 2, 1], [3]], ids=str)
+def test_a_shared_beginning_is_computed_once_but_for_sliding_windows_and_changes_no_token(lengths, kind):
+    model, prompts, seen = make_model(**KINDS[kind]), prompts_after(12, lengths), []
+    model.register_forward_pre_hook(lambda _, __, inputs: seen.append(inputs["input_ids"].shape), with_kwargs=True)
+    assert_as_the_oracle(rollout(model, prompts), model, prompts)
+    shared, P = min(12, 11 + min(lengths)), len(prompts)  # every prompt has at least one token of its own left
+    if P == 1 or kind == "sliding window":  # padding within a prompt would use up a window that is counted in slots
+        assert seen[0] == (P, 12 + max(lengths))
+    else:
+        assert seen[:2] == [(1, shared), (P, 12 + max(lengths) - shared)]
+
+
+@pytest.mark.parametrize("beginning", [0, 12])
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_on_rows_names_the_prompt_of_each_row_in_every_forward_pass(beginning, num_samples):
+    # A hook gives each block of two prompts its own bias on the embeddings: rows come out as alone under that bias.
+    model, prompts, uniforms = make_model(), prompts_after(beginning, [3, 9, 5, 1, 2, 6]), draws(6 * num_samples)
+    biases, now = torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(2)) / 4, {}
+
+    def add_bias(module, inputs, output):
+        assert len(output) == len(now["prompts"])
+        return output + biases[now["prompts"] // 2]
+
+    def complete(first, end, batch_size=256):
+        how, rows = settings(MAX_NEW, STOP, batch_size=batch_size), uniforms[first * num_samples : end * num_samples]
+        blocks = {"on_rows": lambda prompts: now.update(prompts=first + prompts), "block_size": min(2, end - first)}
+        return generate(model, prompts[first:end], how, num_samples, rows, **blocks)
+
+    model.model.embed_tokens.register_forward_hook(add_bias)
+    together = complete(0, 6)
+    assert torch.equal(together.tokens, complete(0, 6, batch_size=3).tokens)
+    lengths = together.mask.sum(1)
+    assert lengths.min() < lengths.max() / 2  # rows left on the way
+    alone = [complete(prompt, prompt + 1) for prompt in range(6)]
+    assert rows_of(together) == [row for completions in alone for row in rows_of(completions)]
+
+
+def test_mask_is_the_completion_with_its_end_token_even_when_pad_is_eos(model):
+    prompts = [[EOS, *prompt, EOS] for prompt in PROMPTS]  # end-of-turn tokens in the prompt
+    out = rollout(model, prompts, [EOS], pad_id=EOS)
+    assert_as_the_oracle(out, model, prompts, [EOS], pad_id=EOS)
+    assert (~out.truncated).sum() >= 2
+
+
+def test_poisoned_generation_config_changes_no_sampled_token(model):
+    clean = rollout(model)
+    poison = {"repetition_penalty": 1.5, "top_k": 2, "top_p": 0.1, "min_p": 0.5, "temperature": 0.1}
+    model.generation_config.update(do_sample=True, max_new_tokens=2, **poison)
+    poisoned = rollout(model)
+    assert torch.equal(clean.tokens, poisoned.tokens) and torch.equal(clean.log_probs, poisoned.log_probs)
+
+
+@pytest.mark.parametrize("longest", [5, 20, 100])
+def test_amount_of_left_padding_changes_no_log_prob(model, longest):
+    prompts = random_prompts([4, longest])
+    assert_as_the_oracle(rollout(model, prompts), model, prompts)
+
+
+def test_trained_ids_are_the_generated_ids_and_recomputed_log_probs_the_sampled_ones(model):
+    out, rows = rollout(model, temperature=0.7), [prompt for prompt in PROMPTS for _ in range(G)]
+    ones, trained = torch.ones(len(rows)), []
+    for batch in make_micro_batches(rows, out, ones, ones, 100, PAD):
+        log_probs, _ = completion_log_probs(model, batch.ids, batch.mask, 0.7)
+        torch.testing.assert_close(log_probs, batch.sampler_log_probs, atol=2e-5, rtol=0)
+        ends = (batch.mask * torch.arange(batch.mask.shape[1])).argmax(1) + 1
+        trained += [ids[:end].tolist() for ids, end in zip(batch.ids, ends, strict=True)]
+    assert sorted(trained) == sorted(prompt + tokens for prompt, tokens in zip(rows, rows_of(out), strict=True))
+
+
+def test_sampling_never_draws_a_token_of_probability_zero():
+    logits = torch.tensor([[-torch.inf, 1.0, -torch.inf, 1.0, -torch.inf]])
+    for u, expected in [(0.0, 1), (0.49999, 1), (0.5, 3), (1 - 2**-24, 3)]:
+        tokens, log_probs = sample(logits, torch.tensor([u]), 1.0)
+        assert tokens.tolist() == [expected]
+        assert log_probs.item() == pytest.approx(-0.6931, abs=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 6.0])
+def test_fp32_sampling_frequencies_are_the_probabilities_at_a_vocabulary_of_152k(scale):
+    # The float64 cumulative distribution at the token that fp32 drew, and just before it, must enclose the draw but for
+    # a few units of rounding: no token then gets a share that is off by more than that.
+    logits = torch.randn(1, 151_936, generator=torch.Generator().manual_seed(0)) * scale
+    u = (torch.arange(256) + 0.5) / 256
+    tokens, _ = sample(logits.expand(256, -1), u, 1.0)
+    probs = logits[0].double().softmax(-1)
+    above = probs.cumsum(-1)[tokens]
+    assert (above >= u - 2e-6).all() and (above - probs[tokens] <= u + 2e-6).all()
+
+
+def frozen(function, cursors):
+    """A function that goes on with the variables of its scope as they are now, as a CUDA graph does with tensors."""
+    cells = []
+    for cell in function.__closure__ or ():
+        content = cell.cell_contents
+        if isinstance(content, types.FunctionType) and content.__module__ == "generation":
+            content = frozen(content, cursors)
+        elif isinstance(content, types.SimpleNamespace):  # the cursor
+            cursors.append((content, content.slot, content.end))
+        cells.append(types.CellType(content))
+    code, scope = function.__code__, function.__globals__
+    return types.FunctionType(code, scope, function.__name__, function.__defaults__, tuple(cells))
+
+
+def captured_as_eager(decode, device=GPU):
+    """Assert that `decode` gives the same as on a GPU, with functions in place of CUDA graphs. Returns the completions,
+    and the calls of each function, in order. Memory that nobody has written holds NaN."""
+    eager, calls = decode(), []
+
+    class FrozenStep(GraphedStep):
+        def __call__(self):
+            if self.enabled and not self.is_first and self.graph is None:
+                cursors = []
+                step = frozen(self.step, cursors)
+                calls.append(0)
+
+                def replay():
+                    assert cursors and all(now.slot is slot and now.end == end for now, slot, end in cursors)
+                    calls[-1] += 1
+                    step()
+
+                self.graph = types.SimpleNamespace(replay=replay)
+            super().__call__()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "GraphedStep", FrozenStep)
+        patch.setattr(PreTrainedModel, "device", device)
+        patch.setattr(generation, "LENGTH_BUCKET", 5)
+        torch.use_deterministic_algorithms(True)
+        try:
+            captured = decode()
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert torch.equal(captured.tokens, eager.tokens) and torch.equal(captured.mask, eager.mask)
+    torch.testing.assert_close(captured.log_probs, eager.log_probs, atol=1e-5, rtol=0)
+    return eager, calls
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "lora", "merged"])
+def test_captured_steps_give_the_tokens_of_the_eager_loop(kind):
+    model = make_model(**KINDS.get(kind, {}))
+    if kind in ("lora", "merged"):
+        model = make_policy(model, LoRA(rank=4), False)
+        for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
+            torch.nn.init.normal_(parameter, std=0.1)
+    with merged_adapter(model) if kind == "merged" else contextlib.nullcontext():
+        completions, calls = captured_as_eager(lambda: rollout(model, stop_ids=[EOS, *range(7, 10)]))
+    assert completions.mask.sum(1).median() < MAX_NEW / 2  # most rows leave, which needs a new capture, as the end does
+    assert len(calls) >= 3 and sum(calls) > MAX_NEW / 2
+    assert max(calls) == 4  # of five steps with the same end, the first is not captured
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_population_decodes_the_same_tokens_in_captured_steps(model, rank):
+    members, prompts = 4, prompts_after(10)
+    shapes = noise_shapes(dict(model.named_parameters()), "low_rank", rank)
+
+    def decode():
+        generators = noise_generators(0, 0, range(members), members, torch.device("cpu"))
+        with Population(model, shapes, generators, torch.full((members,), 0.1), len(prompts)) as on_rows:
+            return generate(model, prompts * members, settings(MAX_NEW, STOP), on_rows=on_rows, block_size=len(prompts))
+
+    completions, calls = captured_as_eager(decode)
+    assert sum(calls) > 0
+    assert len(set(map(tuple, completions.tokens.tolist()))) > len(prompts)  # members answer differently
+
+
+@pytest.mark.parametrize("reason", ["sliding window", "cuda_graphs: false", "cpu"])
+def test_steps_that_cannot_or_should_not_be_captured_are_not(reason):
+    model, cuda_graphs = make_model(**KINDS.get(reason, {})), reason != "cuda_graphs: false"
+    device = torch.device("cpu") if reason == "cpu" else GPU
+    assert captured_as_eager(lambda: rollout(model, cuda_graphs=cuda_graphs), device)[1] == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("not permitted"), torch.OutOfMemoryError("no memory")], ids=repr)
+def test_a_failed_capture_ends_with_its_error_and_with_what_to_do(monkeypatch, error):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    run_step = GraphedStep(Mock(side_effect=[None, error]), enabled=True)  # the first step is not captured
+    run_step()
+    with pytest.raises(type(error), match=str(error)) as raised:
+        run_step()
+    assert "cannot be captured: set cuda_graphs: false" in " ".join(raised.value.__notes__)
+
+
+def right_padded(rows, starts, padding=0):
+    T = max(map(len, rows)) + padding
+    ids = torch.tensor([row + [PAD] * (T - len(row)) for row in rows])
+    mask = torch.tensor([[start <= t < len(row) for t in range(T)] for row, start in zip(rows, starts, strict=True)])
+    return ids, mask
+
+
+# Rows of three prompts: without its last token, the third is the second but for a token that is the padding's id.
+SHARED = [[[5, 9, 3, 7, 2], [5, 9, PAD, 4], [5, 9, 3]][prompt] for prompt in (0, 1, 2, 0, 1, 2, 1)]
+BATCHES = {  # rows, and the lengths of their prompts
+    "alone": (random_prompts([12, 5, 9, 30]), [4, 2, 8, 1]),
+    "shared prompts": ([*map(list.__add__, SHARED, random_prompts([3, 9, 5, 1, 6, 2, 8]))], [*map(len, SHARED)]),
+    "prompts of one token": ([[5, 7, 8], [6, 9, 3]], [1, 1]),
+}
+
+
+@pytest.mark.parametrize(("temperature", "chunk", "padding"), [(1.0, 10_000, 0), (0.7, 1, 1), (0.7, 7, 40)])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_and_gradients_are_those_of_log_softmax_over_temperature_whatever_the_chunk_and_right_padding(
+    monkeypatch, kind, batch, temperature, chunk, padding
+):
+    monkeypatch.setattr(generation, "MAX_LOGITS", chunk * VOCAB)
+    model, (ids, mask) = make_model(**KINDS[kind]), right_padded(*BATCHES[batch], padding)
+    oracle = make_like(model).double()
+    weights = torch.randn(ids.shape, generator=torch.Generator().manual_seed(0))
+    log_probs, entropy = completion_log_probs(model, ids, mask, temperature)
+    assert not entropy.requires_grad
+    assert not log_probs[~mask].any() and not entropy[~mask].any()
+    for i, (row, start) in enumerate(zip(*BATCHES[batch], strict=True)):
+        logits = oracle(input_ids=torch.tensor([row]), use_cache=False).logits[0, start - 1 : -1]
+        exact, completion = (logits / temperature).log_softmax(-1), slice(start, len(row))
+        expected = exact.gather(1, torch.tensor(row[start:])[:, None])[:, 0]
+        torch.testing.assert_close(log_probs[i, completion].double(), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(entropy[i, completion].double(), -(exact.exp() * exact).sum(1), atol=1e-5, rtol=0)
+        (expected * weights[i, completion]).sum().backward()
+    (log_probs * weights).sum().backward()
+    gradient, expected = (torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (model, oracle))
+    torch.testing.assert_close(gradient.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_prompt_is_computed_once_for_all_its_rows(model):
+    positions = []
+    model.model.layers[0].register_forward_hook(lambda _, __, output: positions.append(output.shape[:2]))
+    ids, mask = right_padded(*BATCHES["shared prompts"])
+    completion_log_probs(model, ids, mask, 1.0)
+    completion_log_probs(model, ids[:3], mask[:3], 1.0)
+    # Prompts without their last token, which predicts the first of a completion; then three that share nothing.
+    assert positions == [(3, 4), (7, 9), (3, 13)]
+
+
+def test_bf16_model_gives_fp32_log_probs_close_to_the_oracle_in_sampling_and_scoring():
+    # bf16 log_softmax alone would be off by 2^-9 of values around -8, that is 0.016.
+    model, (prompt,) = make_model(dtype=torch.bfloat16, vocab_size=4096, initializer_range=0.02), random_prompts([6])
+    out = generate(model, [prompt], settings(MAX_NEW), 8, draws(8))
+    rows = [prompt + tokens for tokens in rows_of(out)]
+    log_probs, entropy = completion_log_probs(model, *right_padded(rows, [6] * 8), 1.0)
+    assert out.log_probs.dtype == log_probs.dtype == entropy.dtype == torch.float32
+    for sampled, scored, row in zip(out.log_probs, log_probs, rows, strict=True):
+        exact = oracle_log_probs(model, row)[5:-1].gather(1, torch.tensor(row[6:])[:, None])[:, 0]
+        for ours in (sampled[: len(exact)], scored[6 : len(row)]):
+            torch.testing.assert_close(ours.double(), exact, atol=0.005, rtol=0)
+
+
+def test_gradient_is_the_same_bit_for_bit_on_two_threads_every_time(request):
+    request.addfinalizer(lambda: torch.set_num_threads(1))  # as in conftest.py
+    model, seen = make_model(hidden_size=64, num_hidden_layers=1), set()
+    rows = map(list.__add__, random_prompts([40, 40]) * 32, random_prompts([4] * 64))  # large enough for threads
+    ids, mask = right_padded(list(rows), [40] * 64)
+    torch.set_num_threads(2)
+    for _ in range(3):
+        model.zero_grad()
+        completion_log_probs(model, ids, mask, 1.0)[0].sum().backward()
+        seen.add(fingerprint({name: p.grad for name, p in model.named_parameters()}))
+    assert len(seen) == 1
+
+
+class LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
+
+
+def test_no_tensor_of_tokens_by_vocabulary_exists_forward_or_backward(monkeypatch):
+    V, tokens_per_chunk, saved = 5000, 8, []
+    monkeypatch.setattr(generation, "MAX_LOGITS", tokens_per_chunk * V)
+    model = make_model(vocab_size=V)
+    ids, mask = right_padded(random_prompts([64] * 4), [8] * 4)
+    with LargestTensor() as largest, saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
+        completion_log_probs(model, ids, mask, 1.0)[0].sum().backward()
+    weights = V * model.config.hidden_size  # lm_head's own weight and gradient
+    assert largest.numel <= max(tokens_per_chunk * V, weights) < int(mask.sum()) * V
+    assert saved and not any(V in shape[1:] for shape in saved)  # logits are computed again, not kept
+
+
+def test_model_that_caps_its_logits_is_refused(model):
+    def cap(module, inputs, out):
+        out.logits = 0.5 * torch.tanh(out.logits / 0.5)
+
+    model.register_forward_hook(cap)
+    with pytest.raises(UserError, match="does more to its logits than lm_head"):
+        check_chunked_head(model)

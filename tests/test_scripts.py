@@ -1,0 +1,561 @@
+"""Both scripts as a user runs them: whole runs, errors, edited code, several processes, README, TensorBoard."""
+
+import functools
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from accelerate.utils import set_seed
+from conftest import (
+    ROOT,
+    SCRIPTS,
+    TINY,
+    Process,
+    assert_same_run,
+    assert_same_weights,
+    last_step,
+    model_weights,
+    run_script,
+    scalars,
+)
+from peft import PeftModel
+from torch.utils.tensorboard import SummaryWriter
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import grpo_train
+import runs
+import utils
+from runs import completion_table, newest_checkpoint
+from utils import load_config
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPES = sorted((ROOT / "recipes").glob("*.yml"))
+TAGS = (
+    "eval/strict_accuracy eval/lenient_accuracy reward/mean reward/accuracy reward/format accuracy/strict "
+    "completion/length_mean completion/truncated time/step time/rollout time/reward time/update "
+    "throughput/tokens_per_second progress/generated_tokens progress/seconds progress/prompts optim/learning_rate"
+).split()
+MORE_TAGS = {
+    "grpo": "reward/group_std reward/equal_groups policy/entropy policy/ratio_max optim/loss optim/grad_norm".split(),
+    "es": "es/reward_min es/reward_mean es/reward_max es/reward_std es/tie_rate es/noise_scale".split(),
+}
+
+
+# Whole runs
+
+
+def test_script_trains_and_prints_how_to_load_the_result(tmp_path, script):
+    """With Hugging Face `datasets` installed, as far as other libraries can see: it must not get in the way."""
+    site, folder = tmp_path / "site", tmp_path / "run"
+    (site / "datasets-4.0.0.dist-info").mkdir(parents=True)
+    (site / "datasets").mkdir()
+    (site / "datasets" / "__init__.py").write_text("raise ImportError('Hugging Face datasets was imported')\n")
+    metadata = "Metadata-Version: 2.1\nName: datasets\nVersion: 4.0.0\n"
+    (site / "datasets-4.0.0.dist-info" / "METADATA").write_text(metadata)
+    done = run_script([*script.where(folder), "eval_size=64"], script=f"{script.name}.py", path=[site])
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+    assert "Held-out accuracy, greedy, 64 problems (95% interval)" in done.stdout
+    num_trained = {"grpo": "38,912", "es": "835,712"}[script.key]
+    assert f"model   {TINY}, 835,712 parameters, {num_trained} trained\n" in done.stdout
+    assert f'from_pretrained({"base, " * (script.key == "grpo")}"{folder}/model")' in done.stdout
+
+    base = AutoModelForCausalLM.from_pretrained(TINY)
+    ids = torch.arange(20)[None]
+    before, weights_before = base(input_ids=ids).logits, dict(base.named_parameters())
+    if script.key == "grpo":
+        assert all((weight != 0).any() for weight in model_weights(folder).values())
+        result = PeftModel.from_pretrained(base, folder / "model")
+    else:
+        result = AutoModelForCausalLM.from_pretrained(folder / "model")
+        assert all((weight != weights_before[name]).any() for name, weight in result.named_parameters())
+        assert result.dtype == torch.float32 and not (folder / "model" / "adapter_config.json").exists()
+    assert not torch.equal(result(input_ids=ids).logits, before)
+    assert AutoTokenizer.from_pretrained(folder / "model").chat_template
+
+    curves = scalars(folder)
+    assert [step for step, _ in curves["eval/strict_accuracy"]] == [0, 2, 4]
+    assert [step for step, _ in curves["reward/mean"]] == [1, 2, 3, 4]
+    completions = {"grpo": 16, "es": 24}[script.key]
+    assert [value for _, value in curves["progress/completions"]] == [completions * n for n in (1, 2, 3, 4)]
+    for tag in TAGS + MORE_TAGS[script.key]:
+        assert tag in curves and all(math.isfinite(value) for _, value in curves[tag]), tag
+    resolved = load_config(script.config_class, folder / "config.yml")
+    assert resolved == script.config(folder, "eval_size=64")
+
+
+def test_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, script, finished):
+    assert_same_run(script.train(tmp_path / "again"), finished[script.key])
+    other, ours = model_weights(script.train(tmp_path / "other", "seed=1")), model_weights(finished[script.key])
+    assert not any(torch.equal(other[name], ours[name]) for name in ours)
+
+
+@pytest.mark.parametrize("overrides", [["mask_truncated=true", "weight_decay=0.5"], []], ids=["masked", "all equal"])
+def test_step_without_any_gradient_is_a_no_op(tmp_path, overrides):
+    # Two new tokens never complete an answer: all rewards are equal, and every row is truncated.
+    kl_weight = "kl_weight=0.1" if overrides else "kl_weight=0"
+    folder = SCRIPTS["grpo"].train(tmp_path / "run", "max_new_tokens=2", kl_weight, *overrides)
+    curves = scalars(folder)
+    assert all(math.isfinite(value) for points in curves.values() for _, value in points)
+    assert [value for _, value in curves["completion/truncated"]] == [1, 1, 1, 1]
+    assert [value for _, value in curves["optim/loss"]] == [0, 0, 0, 0]
+    set_seed(0)  # the adapter's initial weights follow from the seed alone
+    fresh = grpo_train.make_policy(utils.load_model(TINY, "float32", "cpu"), grpo_train.LoRA(rank=4), False)
+    fresh = {name.replace(".default", ""): parameter for name, parameter in fresh.named_parameters()}
+    assert all(torch.equal(weight, fresh[name]) for name, weight in model_weights(folder).items())
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_mask_truncated_takes_truncated_rows_and_no_others_out_of_the_loss(tmp_path, monkeypatch, masked):
+    seen, honest = [], grpo_train.make_micro_batches
+
+    def spy(prompts, completions, advantages, weights, *rest):
+        seen.append((completions.truncated, weights, completions.mask.sum(1)))
+        return honest(prompts, completions, advantages, weights, *rest)
+
+    monkeypatch.setattr(grpo_train, "make_micro_batches", spy)
+    overrides = ["num_steps=2", "prompts_per_step=12", "max_new_tokens=16", "kl_weight=0.1"]
+    SCRIPTS["grpo"].train(tmp_path / "run", f"mask_truncated={masked}", *overrides)
+    for truncated, weights, lengths in seen:
+        assert truncated.any() and not truncated.all()
+        assert torch.equal(weights > 0, ~truncated if masked else torch.ones_like(truncated))
+        assert float((weights * lengths).sum()) == pytest.approx(1.0)
+
+
+def test_batch_sizes_of_the_rollout_change_no_weight(tmp_path, finished):
+    for size in (1, 6):  # 4 in the other runs
+        folder = SCRIPTS["es"].train(tmp_path / f"es{size}", f"population_batch={size}")
+        assert_same_weights(folder, finished["es"])
+    folder = SCRIPTS["grpo"].train(tmp_path / "grpo", "micro_batch_tokens=1", "generation_batch_size=1")
+    theirs = model_weights(finished["grpo"])
+    for name, weight in model_weights(folder).items():  # sums are rounded in another order
+        torch.testing.assert_close(weight, theirs[name], atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_trains_the_embedded_model_and_its_suggested_models_load(recipe, tmp_path):
+    script = SCRIPTS[recipe.stem.partition("_")[0]]
+    head = recipe.read_text().partition("\n\n")[0]
+    offers = re.findall(r"\b\w+=[\w/-]+(?:\.[\w/-]+)*", head.replace("\n# ", " "))
+    assert len([offer for offer in offers if offer.startswith("model=")]) == 3
+    for offer in offers:
+        assert load_config(script.config_class, recipe, [offer]) != load_config(script.config_class, recipe), offer
+
+    for split in ("train", "test"):
+        problems = [{"question": f"What is {i} plus 2?", "answer": f"It is {i}+2.\n#### {i + 2}"} for i in range(9)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    sizes = f"{script.num_steps}=2 eval_size=4 max_new_tokens=16 device=cpu"
+    sizes += {"grpo": " prompts_per_step=4", "es": " prompts_per_iteration=4 population_size=4"}[script.key]
+    where = [f"model={TINY}", f"log_dir={tmp_path}", "run_name=run"]
+    where += [f"dataset_args={{path: {tmp_path}}}"] if "gsm8k" in recipe.stem else []
+    script.module.main(load_config(script.config_class, recipe, [*sizes.split(), *where]))
+    assert [step for step, _ in scalars(tmp_path / "run")["reward/mean"]] == [1, 2]
+    assert (tmp_path / "run" / "model" / "tokenizer.json").is_file()
+
+
+# Errors: in what a user gave, one line and nothing started; in code, a traceback
+
+
+BAD_INPUT = [
+    ("group_size=1", "command line: group_size: 1: should be greater than or equal to 2"),
+    ("--config=nowhere.yml", "nowhere.yml: [Errno 2] No such file or directory"),
+    ("dataset=math", "dataset: 'math': expected one of math_expr, gsm8k, or a path that ends in .jsonl"),
+    ("rewards={speed: 1}", "rewards: 'speed': expected one of accuracy, format, or my_module"),
+    ("model=nowhere/at_all", "model: 'nowhere/at_all': We couldn't connect to 'https://huggingface.co'"),
+    ("model=tinny", "model: 'tinny': there is no such folder here; on the hub, owner/model is expected"),
+    ("model=tests", "model: 'tests': Unrecognized model in tests."),
+    ("log_dir=README.md/logs", "log_dir: README.md/logs/run cannot be made: "),
+    ("run_name=taken", "taken exists already; choose another name or delete it"),
+    ("max_new_tokens=500", "max_new_tokens: 500: a prompt of "),
+    ("device=cuda", "device: cuda: PyTorch finds no GPU here; use cpu or auto"),
+]
+
+
+@pytest.mark.parametrize(("argument", "message"), BAD_INPUT, ids=[argument for argument, _ in BAD_INPUT])
+def test_bad_input_ends_with_one_line(tmp_path, capfd, monkeypatch, argument, message):
+    (tmp_path / "logs" / "taken").mkdir(parents=True)
+    (tmp_path / "logs" / "taken" / "notes.txt").write_text("mine")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)  # handlers stay pytest's
+    arguments = ["grpo_train.py", f"log_dir={tmp_path / 'logs'}", "run_name=run", argument]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as error:
+        utils.run_from_command_line(grpo_train.main, grpo_train.GRPOConfig, "grpo_config.yml")
+    line = str(error.value)
+    assert line.startswith("error: ") and message in line and len(line.splitlines()) == 1
+    assert not capfd.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(("failure", "code"), [("1 / (2 - len(calls))", 1), ("os._exit(9)", 9)])
+def test_failing_reward_function_shows_its_traceback_and_keeps_the_log(tmp_path, failure, code):
+    (tmp_path / "my_reward.py").write_text(
+        "import os\ncalls = []\ndef f(completions, **columns):\n    calls.append(1)\n"
+        f"    return [1.0 if len(calls) < 2 else {failure} for _ in completions]\n"
+    )
+    process = Process(SCRIPTS["grpo"], tmp_path / "run", "rewards={'my_reward:f': 1.0}", import_path=[tmp_path])
+    assert process.wait() == code
+    if code == 1:
+        assert "Traceback" in process.err and process.err.endswith("ZeroDivisionError: division by zero\n")
+        assert f'File "{tmp_path}/my_reward.py", line 5, in ' in process.err and failure in process.err
+    curves = scalars(tmp_path / "run")
+    assert [step for step, _ in curves["eval/strict_accuracy"]] == [0]
+    logged = [tag for tag in curves if not tag.startswith(("eval/", "time/evaluate"))]
+    assert len(logged) > 20 and all([step for step, _ in curves[tag]] == [1] for tag in logged)
+
+
+@pytest.mark.parametrize("bug", ["P, G, extra = rewards.shape", "raise OSError('no such thing')"])
+def test_error_in_edited_code_shows_its_traceback_and_location(tmp_path, script, bug):
+    path = tmp_path / f"{script.name}.py"
+    code, train, body = (ROOT / path.name).read_text().partition("\ndef train(")
+    body, count = re.subn(r"^( +)rewards = .*\n", rf"\g<0>\1{bug}\n", body, flags=re.MULTILINE)
+    assert count == 1
+    path.write_text(code + train + body)
+    process = Process(script, tmp_path / "run", path=path)
+    assert process.wait() == 1
+    assert "Traceback" in process.err and bug in process.err and f'"{path}", line ' in process.err
+
+
+def test_script_without_its_docstring_shows_its_help_and_importing_it_starts_nothing(tmp_path, script):
+    path = tmp_path / f"{script.name}.py"
+    path.write_text((ROOT / path.name).read_text().split('"""', 2)[2])
+    process = Process(script, tmp_path / "run", "--help", path=path)
+    assert process.wait() == 0 and "key=value" in process.out and not process.err
+    done = subprocess.run([sys.executable, "-B", "-c", f"import {script.name}"], cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert not (tmp_path / "run").exists()
+
+
+# Several processes (gloo, CPU)
+
+
+def record(file):
+    """Write down what a process does, in `file`: gradients, fingerprints of the weights, problems it evaluates on."""
+    seen = {"gradients": [], "weights": [], "evaluated": []}
+    clip, commit, evaluate = torch.nn.utils.clip_grad_norm_, runs.Run._commit, utils.evaluate
+
+    def clip_grad_norm_(parameters, max_norm):
+        seen["gradients"].append(torch.cat([p.grad.flatten() for p in parameters]).tolist())
+        return clip(parameters, max_norm)
+
+    def _commit(run, save):
+        commit(run, save)
+        seen["weights"].append(run.state["weights"])
+        file.write_text(json.dumps(seen))
+
+    def evaluate_(setup):
+        metrics, items, texts = evaluate(setup)
+        seen["evaluated"].append([item["prompt"] for item in items])
+        return metrics, items, texts
+
+    torch.nn.utils.clip_grad_norm_, runs.Run._commit, utils.evaluate = clip_grad_norm_, _commit, evaluate_
+
+
+def start_processes(number, script, folder, *overrides):
+    """Start a run as torchrun does; each process records what it does beside the run's folder."""
+    folder.parent.mkdir(exist_ok=True)
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    world = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    world |= {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
+    processes = []
+    for rank in range(number):
+        environment = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if number > 1 else {}
+        patch = functools.partial(record, folder.parent / f"seen{rank}.json")
+        processes.append(Process(script, folder, *overrides, environment=environment, patch=patch))
+    return processes
+
+
+def seen(folder, rank):
+    return json.loads((folder.parent / f"seen{rank}.json").read_text())
+
+
+MULTI_PROCESS = {
+    # Neither five prompts nor seven problems to evaluate on divide by two; sequences and the KL have their own sums.
+    "grpo": ["eval_size=7", "prompts_per_step=5"],
+    "grpo-sequence": ["eval_size=7", "prompts_per_step=5", "kl_weight=0.05", "loss_normalization=sequence"],
+    "es": ["eval_size=7", "population_size=5"],
+    "es-gaussian": ["eval_size=7", "perturbation=gaussian", "antithetic=true"],
+}
+
+
+@pytest.mark.parametrize("way", MULTI_PROCESS)
+def test_two_processes_take_the_same_steps_as_one(tmp_path, way):
+    script, folders = SCRIPTS[way.partition("-")[0]], {}
+    for number in (1, 2):
+        folders[number] = folder = tmp_path / str(number) / "run"
+        processes = start_processes(number, script, folder, *MULTI_PROCESS[way])
+        assert [process.wait() for process in processes] == [0] * number, processes[0].err
+        assert f"device  {number} x cpu" in processes[0].out
+        assert "Held-out accuracy" in processes[0].out and all(not process.out for process in processes[1:])
+        assert len(list(folder.glob("events*"))) == 1  # one process logs
+    alone, first, second = seen(folders[1], 0), seen(folders[2], 0), seen(folders[2], 1)
+
+    # All processes have the same weights after every step; with ES, those of a single process.
+    assert first["weights"] == second["weights"] and len(set(first["weights"])) >= 4
+    if script.key == "es":
+        assert first["weights"] == alone["weights"]
+        assert_same_run(folders[2], folders[1])
+    else:
+        one, two = (torch.tensor(run["gradients"][0], dtype=torch.float64) for run in (alone, first))
+        assert first["gradients"] == second["gradients"] and len(first["gradients"]) == 4
+        assert float((one - two).norm() / one.norm()) < {"grpo": 1e-6, "grpo-sequence": 2e-6}[way]
+        curves, other_curves = scalars(folders[1]), scalars(folders[2])
+        assert curves.keys() == other_curves.keys()
+        for tag in curves:
+            if not tag.startswith(("time/", "throughput/", "progress/seconds")):
+                rounding = 1e-5 if "sampler_gap" in tag else 1e-6  # that tag is nothing but rounding
+                expected = pytest.approx([v for _, v in curves[tag][:2]], rel=1e-4, abs=rounding)
+                assert [v for _, v in other_curves[tag][:2]] == expected, tag
+    # No problem is evaluated twice.
+    for whole, part, other in zip(alone["evaluated"], first["evaluated"], second["evaluated"], strict=True):
+        assert sorted([*part, *other]) == sorted(whole) and len(whole) == 7
+
+
+def test_processes_with_different_weights_stop(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "gather_object", lambda objects: [*objects, "00000000"])
+    with pytest.raises(runs.UserError, match="the processes have different weights"):
+        SCRIPTS["es"].train(tmp_path / "run", stop_after=1)
+
+
+@pytest.mark.slow
+def test_signal_to_one_process_stops_all_after_the_same_step_and_two_resume_as_one(tmp_path, script):
+    folder, overrides = tmp_path / "two" / "run", [f"{script.num_steps}=30", "checkpoint_every=4"]
+    processes = start_processes(2, script, folder, *overrides)
+    processes[0].wait_until(lambda: last_step(folder) == 4)
+    processes[1].send_signal(signal.SIGTERM)
+    assert [process.wait() for process in processes] == [0, 0]
+    step, out = last_step(folder), processes[0].out
+    assert 4 <= step < 30 and f"stopped after step {step}; to resume:" in out
+    assert re.search(r"torchrun --nproc_per_node 2 \S+ --config \S+/config.yml$", out.rstrip())
+    assert len(seen(folder, 0)["weights"]) == len(seen(folder, 1)["weights"])
+    assert [at for at, _ in scalars(folder)["reward/mean"]] == list(range(1, step + 1))
+
+    whole = script.train(tmp_path / "whole" / "run")
+    folder = script.train(tmp_path / "parts" / "run", stop_after=2)
+    processes = start_processes(2, script, folder)
+    assert [process.wait() for process in processes] == [0, 0]
+    assert "resuming after step 2" in processes[0].out
+    ours, theirs = model_weights(folder), model_weights(whole)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_process_is_killed_the_others_end(tmp_path, script, victim):
+    folder = tmp_path / "run"
+    # --multi_gpu: without it, accelerate starts one process on a CPU, whatever the number asked for.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    command += [f"{script.name}.py", *script.where(folder), f"{script.num_steps}=500", "lr_schedule=constant"]
+    launcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while last_step(folder) < 2:
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    workers = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
+    assert len(workers) == 2
+    os.kill(int(workers[victim]), signal.SIGKILL)
+    assert launcher.wait(timeout=60) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(workers[1 - victim]), 0)
+    assert newest_checkpoint(folder)[0].name == f"step_{last_step(folder):06d}"
+
+
+def test_when_one_process_refuses_its_input_all_end(tmp_path, finished):
+    folder = shutil.copytree(finished["es"], tmp_path / "run")
+    processes = start_processes(2, SCRIPTS["es"], folder, "seed=1")
+    assert all(process.wait(60) for process in processes)  # exit codes
+    assert "seed: 1, but that run was started with 0" in processes[0].err
+
+
+# README
+
+
+def section(title):
+    return re.search(rf"^## {title}\n(.*?)(?=^## )", README, re.DOTALL | re.MULTILINE)[1]
+
+
+def blocks(title, language=""):
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", section(title), re.DOTALL | re.MULTILINE)
+    return [text for kind, text in fenced if kind == language]
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A folder with all that a clone has, to run commands in."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.yml")]:
+        shutil.copy(path, tmp_path)
+    (tmp_path / "tiny_model").symlink_to(TINY)
+    return tmp_path
+
+
+def run(command, folder):
+    command = re.sub(r"^python ", f"{shlex.quote(sys.executable)} ", command)
+    done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_your_own_task_runs_as_written_and_is_learned(clone):
+    for code in blocks("Your own task in ten lines", "python"):
+        (clone / re.match(r"# (\w+\.py)\n", code)[1]).write_text(code)
+    make, train = blocks("Your own task in ten lines")[-1].splitlines()
+    run(make, clone)
+    run(train, clone)
+    (folder,) = (clone / "grpo_logs").iterdir()
+    curve = [accuracy for _, accuracy in scalars(folder)["eval/strict_accuracy"]]
+    assert curve[0] < 0.1 and curve[-1] > 0.6
+
+
+@pytest.mark.slow
+def test_result_is_loaded_merged_sampled_from_and_trained_on_as_written(clone):
+    for name, script in SCRIPTS.items():
+        script.train(clone / f"{name}_logs" / "NAME", "model=tiny_model")
+    load, sample = blocks("Using the result", "python")
+    merge, load_es = load.index("model = model.merge"), load.index('model = AutoModelForCausalLM.from_pretrained("es_')
+    es, merged, adapter = (
+        run(f"python -c {shlex.quote(code + sample)}", clone) for code in (load, load[:load_es], load[:merge])
+    )
+    compare = """
+merged, base = model(ids).logits, AutoModelForCausalLM.from_pretrained("tiny_model")(ids).logits
+assert (merged - adapter).abs().max() < 0.01 * (adapter - base).abs().max()
+"""
+    logits = "\nimport torch\nids = torch.arange(20)[None]\nadapter = model(ids).logits\n"
+    run(f"python -c {shlex.quote(load[:merge] + logits + load[merge:load_es] + compare)}", clone)
+    assert merged == adapter and all("<answer>" in output or "<think>" in output for output in (es, merged))
+
+    commands = [line.partition("#")[0].strip() for line in blocks("Using the result")[-1].splitlines()]
+    assert len(commands) == 4
+    for i, command in enumerate(commands):
+        name = re.match(r"python (\w+)_train.py", command)[1]
+        folder = clone / f"{name}_logs" / f"again{i}"
+        more = ["kl_weight=0.1"] if name == "grpo" else []
+        run(f"{command} {' '.join([*SCRIPTS[name].small, *more])} run_name={folder.name}", clone)
+        if name == "grpo":
+            assert scalars(folder)["policy/kl_k3"][0] == (1, 0.0)  # the policy is its own reference at first
+            assert scalars(folder)["policy/kl_k3"][-1][1] > 0
+
+
+def test_every_promise_names_a_test_that_exists():
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    promises = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+)`", promises)
+    assert len(named) > 60
+    assert [name for name in named if f"def {name}(" not in tests] == []
+
+
+def test_every_file_that_readme_names_exists():
+    files = re.findall(r"(?:python|--config|num_processes 2|nproc_per_node 2) ((?:\w+/)*[\w.-]+\.(?:py|yml))", README)
+    assert len(files) > 15
+    for name in files:
+        assert (ROOT / name).is_file() or "/NAME/" in name or name == "make_problems.py", name
+    for name in re.findall(r"^([\w./]+)", blocks("Files")[0], re.MULTILINE):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"\]\(((?!http|#)[^)#]+)", README):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.slow
+def test_benchmark_for_a_gpu_runs_at_toy_size(tmp_path):
+    problems = tmp_path / "train.jsonl"
+    lines = [json.dumps({"question": f"Ann has {n} apples, eats {n // 2} and buys 3."}) for n in range(2, 6)]
+    problems.write_text("\n".join(lines))
+    sizes = "--sizes toy --prompts 2 --samples 2 --new-tokens 3 --members 2 --rounds 1".split()
+    done = run_script(["--problems", str(problems), *sizes], script="benchmarks/real_sizes.py")
+    assert done.returncode == 0, done.stderr
+    for row in ("low_rank, one batch", "graphs", "eager", "generate", "with gradient checkpointing"):
+        assert f"| {row} |" in done.stdout
+    assert "graphs and eager have 100.0% of tokens in common" in done.stdout
+
+
+# TensorBoard in a browser. `python -m pytest -m slow -k browser --screenshots FOLDER` saves a screenshot of every page.
+
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--enable-unsafe-swiftshader"]
+# All visible text, web components included.
+VISIBLE_TEXT = """
+    function text(node) {
+        if (node.nodeType == Node.TEXT_NODE) return node.textContent;
+        if (['STYLE', 'SCRIPT', 'TEMPLATE'].includes(node.tagName)) return '';
+        const children = node.shadowRoot ? [...node.shadowRoot.childNodes, ...node.childNodes] : [...node.childNodes];
+        return children.map(text).join(' ');
+    }
+    return text(document.body);
+"""
+HOSTILE = "<img src=x onerror=\"document.title='run by the browser'\">[link](javascript:alert(1)) | **bold** `code`"
+
+
+@pytest.fixture
+def browser(tmp_path):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("needs Chromium and ChromeDriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in [*FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1400"]:
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+@pytest.mark.slow
+def test_browser_shows_grouped_scalars_completions_as_text_and_hyperparameters(tmp_path, browser, finished, request):
+    for name, folder in finished.items():
+        shutil.copytree(folder, tmp_path / name / "run")
+    with SummaryWriter(tmp_path / "es" / "run") as writer:
+        writer.add_text("completions", completion_table([{"prompt": HOSTILE, "answer": "7"}], [HOSTILE]), 10)
+    arguments = [f"--logdir_spec=grpo:{tmp_path / 'grpo'},es:{tmp_path / 'es'}", "--port=0"]
+    command = [sys.executable, "-m", "tensorboard.main", *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            address = next(re.search(r"http://localhost:\d+", line)[0] for line in server.stderr if "http://" in line)
+            check_pages(browser, address, request.config.getoption("--screenshots"))
+        finally:
+            server.kill()
+
+
+def check_pages(browser, address, screenshots):
+    def show(page, *expected):
+        """The text of a page, once all that is expected is in it."""
+        browser.get(f"{address}/#{page}")
+        browser.refresh()
+        limit, missing = time.monotonic() + 30, expected
+        while missing and time.monotonic() < limit:
+            time.sleep(0.2)
+            text = " ".join(browser.execute_script(VISIBLE_TEXT).split())
+            missing = [words for words in expected if words not in text]
+        if screenshots:
+            time.sleep(2)  # curves are drawn last
+            browser.save_screenshot(f"{screenshots}/{page}.png")
+        assert not missing, text[-2000:]
+        return text
+
+    tags = ["accuracy /lenient", "accuracy /strict", "by_tokens /lenient_accuracy", "by_tokens /strict_accuracy"]
+    text = show("timeseries", "grpo/run", "es/run", "grpo/run/by_tokens", "es/run/by_tokens", *tags)
+    assert text.index(tags[0]) < text.index(tags[3]) < text.index("completion 4 cards")
+
+    groups = "accuracy by_tokens completion es eval optim policy progress reward throughput time".split()
+    text = show("scalars", "tag: by_tokens/strict_accuracy", "throughput")
+    text = re.sub(r"Page of \d+", "", text[text.index("Filter tags") :])
+    assert re.findall(r" (\w+) \d+(?= )", f"{text} ") == groups
+
+    text = show("text", "completions/text_summary", HOSTILE, "config/text_summary", "<answer>", "✓", "✗")
+    assert text.index("completions/text_summary") < text.index("config/text_summary")
+    assert browser.title == "TensorBoard"
+
+    text = show("hparams", "learning_rate", "grpo/run", "es/run")
+    assert text.index("learning_rate") < text.index("antithetic")  # which only one of them has
