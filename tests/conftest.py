@@ -7,7 +7,6 @@ import os
 import random
 import resource
 import runpy
-import subprocess
 import sys
 import tempfile
 import time
@@ -97,14 +96,7 @@ def make_like(model):
     return copy.eval()
 
 
-def run_script(arguments, script="grpo_train.py", path=()):
-    """Run a script as a user does, in a new Python interpreter."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
-    command = [sys.executable, str(ROOT / script), *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def run_as_main(path, arguments, output, environment, import_path=(), max_file_size=None, patch=None):
+def run_as_main(path, arguments, output, environment=(), import_path=(), max_file_size=None, patch=None):
     """Do what `python PATH ARGUMENTS` does, with standard output and error to two files."""
     for number, file in enumerate(output, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -121,18 +113,16 @@ def run_as_main(path, arguments, output, environment, import_path=(), max_file_s
 class Process:
     """`script` in a process of its own, as a user starts it, but without the seconds of importing torch.
 
-    path: the script's file, if it is a copy; import_path: folders with modules that it imports
+    path: the script's file, if it is a copy; rank: of one of several processes; import_path: of modules it imports
     max_file_size: files cannot grow beyond so many bytes, as if the disk were full
     patch: called in the process before the script starts
     """
 
-    def __init__(self, script, folder, *overrides, path=None, environment=(), **options):
-        rank = dict(environment).get("RANK", "")
+    def __init__(self, script, folder, *overrides, path=None, rank="", **options):
         self.output = [folder.parent / f"{folder.name}.{stream}{rank}" for stream in ("out", "err")]
-        path = path or ROOT / f"{script.name}.py"
         arguments = overrides if overrides[:1] == ("--config",) else [*script.where(folder), *overrides]
-        options |= {"environment": dict(environment)}
-        self.process = FORKSERVER.Process(target=run_as_main, args=(path, arguments, self.output), kwargs=options)
+        arguments = path or ROOT / f"{script.name}.py", arguments, self.output
+        self.process = FORKSERVER.Process(target=run_as_main, args=arguments, kwargs=options)
         self.process.start()
 
     @property
@@ -165,6 +155,7 @@ class Process:
 class Script:
     """A training script, with the overrides of a run of seconds."""
 
+    key: str
     module: object
     config_class: type
     small: list[str]
@@ -173,10 +164,6 @@ class Script:
     @property
     def name(self):
         return self.module.__name__
-
-    @property
-    def key(self):
-        return self.name.removesuffix("_train")
 
     def where(self, folder):
         """Overrides for a small run that is kept in `folder`."""
@@ -201,8 +188,8 @@ GRPO = "num_steps=4 prompts_per_step=4 group_size=4 max_new_tokens=32 warmup_ste
 ES = "num_iterations=4 prompts_per_iteration=4 population_size=6 population_batch=4 max_new_tokens=40 noise_scale=0.03"
 EVERY = " eval_size=8 eval_every=2 checkpoint_every=2"
 SCRIPTS = {
-    "grpo": Script(grpo_train, grpo_train.GRPOConfig, (GRPO + EVERY).split(), "num_steps"),
-    "es": Script(es_train, es_train.ESConfig, (ES + EVERY).split(), "num_iterations"),
+    "grpo": Script("grpo", grpo_train, grpo_train.GRPOConfig, (GRPO + EVERY).split(), "num_steps"),
+    "es": Script("es", es_train, es_train.ESConfig, (ES + EVERY).split(), "num_iterations"),
 }
 
 
@@ -224,8 +211,8 @@ def model_weights(folder):
     return load_file(file)
 
 
-def assert_same_weights(folder, other):
-    ours, theirs = model_weights(folder), model_weights(other)
+def assert_same_weights(folder, other, read=model_weights):
+    ours, theirs = read(folder), read(other)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -254,13 +241,9 @@ def assert_same_run(folder, other):
     """
     assert_same_weights(folder, other)
     (path, state), (other_path, other_state) = (newest_checkpoint(run, 10**9) for run in (folder, other))
-    assert path.name == other_path.name
-    assert state | {"seconds": 0} == other_state | {"seconds": 0}
+    assert path.name == other_path.name and state | {"seconds": 0} == other_state | {"seconds": 0}
     for file in path.rglob("*.safetensors"):
-        ours, theirs = load_file(file), load_file(other_path / file.relative_to(path))
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
+        assert_same_weights(file, other_path / file.relative_to(path), load_file)
     by_tokens, other_by_tokens = scalars(folder / "by_tokens"), scalars(other / "by_tokens")
     assert by_tokens.keys() == other_by_tokens.keys()
     assert all(list(dict.fromkeys(by_tokens[tag])) == list(dict.fromkeys(other_by_tokens[tag])) for tag in by_tokens)

