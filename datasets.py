@@ -232,7 +232,8 @@ class GSM8KDataset(Problems):
 
 
 class JSONLDataset(Problems):
-    """Your own problems: one JSON object per line with "prompt" and "answer"; further keys go to the reward functions.
+    """Your own problems: one JSON object per line with "prompt" and "answer", a text or a number; further keys go to the
+    reward functions.
 
     path: for split "train" the file itself; for "test" `name.test.jsonl` beside `name.jsonl` when that exists, else
     every tenth line of the file, which "train" then leaves out.
@@ -245,6 +246,8 @@ class JSONLDataset(Problems):
         file = test_path if split == "test" and test_path.is_file() else path
         self.items = []
         for number, row in read_jsonl(file):
+            if type(row.get("answer")) in (int, float):
+                row["answer"] = str(row["answer"])
             for key in ("prompt", "answer"):
                 if not isinstance(row.get(key), str) or not row[key].strip():
                     raise UserError(f'{file}, line {number}: "{key}" is {row.get(key)!r}, expected text')

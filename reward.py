@@ -4,11 +4,15 @@ Completions are hostile input. Nothing in them is executed, sizes are bounded be
 read as an answer is simply wrong. A bug in a reward function, on the other hand, stops the run.
 
 A reward function has the signature that TRL's GRPOTrainer uses, `f(completions, answer, **columns) -> list[float]`:
-it gets every column of the dataset as a list with one entry a completion, and the prompts as `prompts`. Add yours to
-REWARDS, or name it in the config as `my_module:my_function`.
+it gets every column of the dataset as a list with one entry a completion, and the prompts as `prompts`, as plain text.
+It may return NumPy or torch values, and None for a completion that it does not apply to, which counts as 0. Add yours
+to REWARDS, or name it in the config as `my_module:my_function`. Async functions, and TRL's `completion_ids`,
+`trainer_state` and conversational completions are not supported.
 """
 
+import copy
 import importlib
+import inspect
 import numbers
 import re
 from fractions import Fraction
@@ -20,7 +24,7 @@ class UserError(Exception):
 
 MAX_ANSWER_CHARS = 200  # a longer answer is wrong, unread
 MAX_TEXT_CHARS = 1_000_000  # likewise a longer completion
-MAX_TAIL_CHARS = 1_000  # how far from its end the last number of a text is looked for
+MAX_TAIL_CHARS = 1_000  # how far from its end the last value of a text is looked for
 MAX_POWER = 1_000
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -38,50 +42,91 @@ def strict_answer(text):
     return match and match[1].strip()
 
 
-# Runs of characters that values are written with; = and everything else separate them. One character class repeated:
-# these patterns cannot backtrack.
-_RUN = re.compile(r"[0-9xX^*+\-./,$% ]+")
-_WORD = re.compile(r"[A-Za-z]+")
-_NUMBER = re.compile(r"(?<![0-9xX.,)])-?\$?[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?(?:/[0-9]+)?%?|[0-9]+(?:\.[0-9]+)?")
+# --- Values: how numbers and polynomials are written ------------------------------------------------------------------
+
+# LaTeX and Unicode to plain characters. No pattern can backtrack: each repeats one class of characters.
+_SPELLINGS = [
+    (re.compile("[−–‐‑]"), "-"),
+    (re.compile(r"\\(?:left|right|displaystyle|[,!;: ])|\\(?=[$%])"), ""),
+    (re.compile(r"(?<=[0-9])\{,\}(?=[0-9])"), ","),
+    (re.compile(r"\\[dt]?frac *\{ *(-?[0-9]{1,50}) *\} *\{ *([0-9]{1,50}) *\}"), r" \1/\2"),
+    (re.compile(r" *(?:×|\\times) *10 *\^ *\{?(-?[0-9]{1,3})\}?"), r"e\1"),
+    (re.compile(r"\^\{([0-9]{1,9})\}"), r"^\1"),
+    (re.compile(r"\\[()\[\]]"), "$"),
+    (re.compile(r"\\cdot"), "*"),
+]
+_WRAPPERS = [
+    ("**", "**"),
+    ("__", "__"),
+    ("$$", "$$"),
+    ("$", "$"),
+    ("`", "`"),
+    ("*", "*"),
+    ("\\boxed{", "}"),
+    ("(", ")"),
+]
+_ASSIGNMENT = re.compile(r"[A-Za-z] *= *([^=]+)")
 
 
-def lenient_answer(text):
-    """The last number or polynomial of the text as written there, tags or not, or None if there is none."""
-    tail = text[-MAX_TAIL_CHARS:]
-    if len(tail) < len(text):  # what the cut went through is no number of the text
-        tail = tail.lstrip("0123456789xX^*+-−./,$% ")
-    tail = tail.replace("−", "-")
-    # Words are not values: the x of "next" is no variable. (A lone x is one.)
-    tail = _WORD.sub(lambda match: match[0] if match[0] in "xX" else "|", tail)
-    runs = [run.strip(" .,+*/^") for run in _RUN.findall(tail)]
-    runs = [run for run in runs if any(c.isdigit() or c in "xX" for c in run)]
-    if not runs:
-        return None
-    if parse_value(runs[-1]) is not None:
-        return runs[-1]
-    numbers = _NUMBER.findall(runs[-1])
-    return numbers[-1] if numbers else None
+def plain_spelling(text):
+    """The text in plain characters: \\frac{1}{2} is 1/2, 1.5 \\times 10^3 is 1.5e3, − is -."""
+    for pattern, replacement in _SPELLINGS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def unwrapped(text):
+    """What is inside the typesetting of one value: **42**, $42$, \\boxed{42}, (42), x = 42, 42."""
+    before = None
+    while text != before:
+        before = text = text.strip().removesuffix(".").strip()
+        for opening, closing in _WRAPPERS:
+            inside = text[len(opening) : len(text) - len(closing)]
+            if not inside or not text.startswith(opening) or not text.endswith(closing):
+                continue
+            if opening[-1] not in "({" or _closing(text, len(opening) - 1) == len(text) - 1:
+                text = inside
+                break
+        assignment = _ASSIGNMENT.fullmatch(text)
+        text = assignment[1] if assignment else text
+    return text
+
+
+def _closing(text, start):
+    """Index of the bracket that closes the one at `start`, or -1."""
+    depth, pair = 0, text[start] + {"(": ")", "{": "}"}[text[start]]
+    for index in range(start, min(len(text), start + MAX_ANSWER_CHARS)):
+        depth += (text[index] == pair[0]) - (text[index] == pair[1])
+        if depth == 0:
+            return index
+    return -1
 
 
 # An optional sign, coefficient and power of x. Quantified groups start with characters that cannot end what stands
 # before them, so matching is linear in the length.
 _TERM = re.compile(
     r"(?P<sign>[+-]?)(?P<dollar>\$?)(?P<number>[0-9]+(?:,[0-9]{3})*)?(?P<decimals>\.[0-9]+)?"
-    r"(?:/(?P<denominator>[0-9]+))?(?P<percent>%?)"
+    r"(?:[eE](?P<exponent>[+-]?[0-9]{1,3}))?(?:/(?P<denominator>[0-9]+))?(?P<percent>%?)"
     r"(?:\*?(?P<variable>x)(?:\^(?P<power>[0-9]+))?)?"
 )
+_MIXED = re.compile(r"(-?)([0-9]+) +([0-9]+)/([0-9]+)")
 
 
 def parse_value(text):
     """A number or an expanded polynomial in x as {power: coefficient}, exact and without zeros; None if it is neither.
 
-    Numbers are integers, decimals and fractions; thousands may be set off by commas. "$" and "%" are units and say
-    nothing: "$18" is 18 and "75%" is 75. A polynomial is a sum in which each power occurs once, as in "x^2-2x+1" or
-    "x**2 - 2*x + 1". What is still to be worked out is no answer: "3+4", "2x+x", "14/2", anything with brackets.
+    Numbers are integers, decimals, fractions, mixed numbers and 1.5e3; thousands may be set off by commas, and "$" and
+    "%" are units: "75%" is 75. A polynomial is a sum in which each power occurs once, as in "x^2-2x+1" or
+    "x**2 - 2*x + 1". Typesetting around one value means nothing, see `unwrapped`. What is still to be worked out is no
+    value: "3+4", "2x+x", "14/2", a product of brackets.
     """
     if len(text) > MAX_ANSWER_CHARS:
         return None
-    text = text.strip().replace("−", "-").replace("**", "^").replace("X", "x")
+    text = unwrapped(plain_spelling(text)).replace("**", "^").replace("X", "x")
+    mixed = _MIXED.fullmatch(text)
+    if mixed and int(mixed[3]) < int(mixed[4]):
+        value = int(mixed[2]) + Fraction(int(mixed[3]), int(mixed[4]))
+        return {0: -value if mixed[1] else value} if value else {}
     text = re.sub(r"\s*([-+*^])\s*", r"\1", text)  # white space around operators means nothing; "1 2" is not 12
     coefficients, position = {}, 0
     while position < len(text) or not coefficients:
@@ -92,10 +137,12 @@ def parse_value(text):
             (position > 0 and not term["sign"])
             or not (has_coefficient or variable)
             or ((term["dollar"] or term["percent"]) and (variable or not has_coefficient))
+            or (term["exponent"] and not has_coefficient)
             or (number and "," in number and (number[0] == "0" or len(number.partition(",")[0]) > 3))
         ):
             return None
         coefficient = Fraction((number or "0").replace(",", "") + (decimals or "")) if has_coefficient else Fraction(1)
+        coefficient *= Fraction(10) ** int(term["exponent"] or 0)
         if denominator:
             if not has_coefficient or int(denominator) == 0:
                 return None
@@ -110,11 +157,83 @@ def parse_value(text):
     return {power: coefficient for power, coefficient in coefficients.items() if coefficient}
 
 
+# --- Values in free text ----------------------------------------------------------------------------------------------
+
+# Runs of characters that values are written with; words, = and everything else separate them.
+_RUN = re.compile(r"[0-9eExX^*+\-./,$% ()]+")
+_WORD = re.compile(r"((?<=[0-9])[eE](?=[+-]?[0-9]))|[A-Za-z]+")  # the e of 1.5e3 belongs to a number
+_BULLET = re.compile(r"^[ \t]*(?:[-*•]|[0-9]{1,3}[.)])[ \t]+(?=\S)", re.MULTILINE)
+_LIST = re.compile(r"[,;] +| +(?=[-$.]?[0-9])")
+_MARKERS = ("answer is", "answer:")
+
+
+def values_in(text):
+    """The values written in a text, in order, as text. An expression that is still to be worked out has none."""
+    text = re.sub(r"\.{2,}", " ", plain_spelling(_BULLET.sub("", text)))
+    text = _WORD.sub(lambda match: match[0] if match[1] or match[0] in "xX" else "|", text)
+    found = []
+    for run in _RUN.findall(text.replace("\\", "|")):
+        run = run.lstrip(" ,+*/)").rstrip(" .,+*/^$(-")
+        if not any(c.isdigit() or c in "xX" for c in run) or run.startswith("^"):
+            continue  # no value, or the exponent of a unit
+        if parse_value(run) is not None:
+            found.append(run)
+        elif not re.search(r"[0-9xX)] *[-+*/^xX] *[0-9xX(]|[xX)] *[(]", run):
+            found += [part for part in _LIST.split(run) if parse_value(part) is not None]
+    return found
+
+
+def lenient_answer(text):
+    """The value that a person would read as the final answer, as written there; None if there is none.
+
+    It is in the last answer tag, else in the last \\boxed{}, else after the last "####", "answer is" or "Answer:", else
+    the last value of the text.
+    """
+    text = text[-MAX_TEXT_CHARS:]
+    start, end = text.rfind("<answer>"), text.rfind("</answer>")
+    if start >= 0:
+        return single_value(text[start + len("<answer>") : end if end > start else None])
+    start = text.rfind("\\boxed{")
+    end = _closing(text, start + len("\\boxed")) if start >= 0 else -1
+    if end >= 0:
+        return single_value(text[start + len("\\boxed{") : end])
+    lowered = text.lower()
+    start = text.rfind("####") if "####" in text else max(lowered.rfind(marker) for marker in _MARKERS)
+    if start >= 0 and len(lowered) == len(text):
+        after = text[start:][:MAX_ANSWER_CHARS].lower().removeprefix("####")
+        for marker in _MARKERS:
+            after = after.removeprefix(marker)
+        sentence = re.split(r"\.\s|\n", after.strip(" :*\n"), maxsplit=1)[0]
+        values = values_in(sentence)
+        is_choice = len(values) > 1 and re.search(rf"{re.escape(values[0])}\W{{0,3}}(or|and)\W", sentence)
+        if values:
+            return None if is_choice else values[0]
+    tail = text[-MAX_TAIL_CHARS:]
+    if len(tail) < len(text):  # what the cut went through is no value of the text
+        tail = tail.lstrip("0123456789xX^*+-−./,$% ")
+    values = values_in(tail)
+    return values[-1] if values else None
+
+
+def single_value(text):
+    """The one value in a text, with a unit word perhaps; None if there are none or several."""
+    if len(text) > MAX_ANSWER_CHARS:
+        return None
+    values = [text] if parse_value(text) is not None else values_in(text)
+    return values[0] if len(values) == 1 else None
+
+
+def reference_value(reference):
+    """`parse_value` of a reference answer, or of what follows "####" in it."""
+    value = parse_value(reference)
+    return value if value is not None else parse_value(reference.rpartition("####")[2])
+
+
 def same_answer(answer, reference):
     """True if both are the same exact value, or, for references that are no value (a word, say), the same text."""
     if answer is None:
         return False
-    value = parse_value(reference)
+    value = reference_value(reference)
     if value is None:
         return answer.strip() == reference.strip()
     return parse_value(answer) == value
@@ -135,11 +254,26 @@ def accuracy_reward(completions, answer, **columns):
 
 
 def format_reward(completions, **columns):
-    """1.0 for each completion of the form "<think>…</think><answer>…</answer>", whatever the answer, else 0.0."""
+    """1.0 for each completion of the format "<think>…</think><answer>…</answer>", whatever the answer, else 0.0."""
     return [float(strict_answer(text) is not None) for text in completions]
 
 
-REWARDS = {"accuracy": accuracy_reward, "format": format_reward}
+def lenient_accuracy_reward(completions, answer, **columns):
+    """1.0 for each completion whose final answer, in whatever format, equals the reference, else 0.0."""
+    return [float(lenient_correct(text, reference)) for text, reference in zip(completions, answer, strict=True)]
+
+
+def tag_count_reward(completions, **columns):
+    """A quarter for each of the four tags that occurs exactly once: a gradient towards the format from the start."""
+    return [sum(text.count(tag) == 1 for tag in TAGS) / len(TAGS) for text in completions]
+
+
+REWARDS = {
+    "accuracy": accuracy_reward,
+    "lenient_accuracy": lenient_accuracy_reward,
+    "format": format_reward,
+    "tag_count": tag_count_reward,
+}
 
 
 def find_reward(name):
@@ -155,33 +289,40 @@ def find_reward(name):
         if not f"{module_name}.".startswith(f"{error.name}."):  # the module is there and lacks something itself
             raise
         raise UserError(f"rewards: {name!r}: there is no module {error.name} on the path") from None
-    if not callable(getattr(module, function_name, None)):
-        raise UserError(f"rewards: {name!r}: {module_name} has no function {function_name}")
-    return getattr(module, function_name)
+    function = getattr(module, function_name, None)
+    if not callable(function) or inspect.iscoroutinefunction(function):
+        kind = (
+            "async functions are not supported" if callable(function) else f"{module_name} has no function of that name"
+        )
+        raise UserError(f"rewards: {name!r}: {kind}")
+    return function
 
 
 def score(weights, completions, items):
     """Score completions with each reward function of the config.
 
     weights: {name: weight}; completions: B texts; items: B dataset items, the one that each completion answers
-    Returns B dicts: "reward" is the weighted sum, "reward/<name>" each function's own, unweighted; "accuracy/strict"
-    and "accuracy/lenient" are there whatever is rewarded. Values need not be finite.
+    Returns B dicts: "reward" is the weighted sum, "reward/<name>" each function's own, unweighted; "accuracy/strict",
+    "accuracy/lenient" and "accuracy/format" are there whatever is rewarded. Values need not be finite.
     """
     columns = {key: [item[key] for item in items] for key in items[0] if key != "prompt"}
     columns |= {"prompts": [item["prompt"] for item in items], "completions": completions}
     scores = {
         "accuracy/strict": list(map(strict_correct, completions, columns["answer"])),
         "accuracy/lenient": list(map(lenient_correct, completions, columns["answer"])),
+        "accuracy/format": format_reward(completions),
     }
     for name in weights:
-        values = scores[f"reward/{name}"] = find_reward(name)(**columns)
+        values = find_reward(name)(**copy.deepcopy(columns))  # a function may alter what it gets
+        values = values.tolist() if hasattr(values, "tolist") else values  # NumPy and torch
         if not isinstance(values, (list, tuple)) or len(values) != len(completions):
-            raise UserError(
-                f"rewards: {name} returned {str(values)[:100]}, expected a list of {len(completions)} numbers"
-            )
+            expected = f"expected a list of {len(completions)} numbers"
+            raise UserError(f"rewards: {name} returned {str(values)[:100]}, {expected}")
+        values = [value.item() if hasattr(value, "item") else 0.0 if value is None else value for value in values]
         for text, value in zip(completions, values, strict=True):
             if not isinstance(value, numbers.Real):
                 raise UserError(f"rewards: {name} returned {value!r}, no number, for {text[:80]!r}")
+        scores[f"reward/{name}"] = values
     rows = [dict(zip(scores, map(float, row), strict=True)) for row in zip(*scores.values(), strict=True)]
     for row in rows:
         row["reward"] = sum(weight * row[f"reward/{name}"] for name, weight in weights.items())
