@@ -365,7 +365,8 @@ def train(config, setup, run, master, shapes):
         }
         # `load_progress` repeats the update from z and learning_rate.
         record = {"z": z.tolist(), "learning_rate": learning_rate, "noise_scale": noise_scale}
-        run.log(step, scores, metrics, skipped, **record, rewards=None if skipped else rewards.tolist())
+        record["rewards"] = None if skipped else rewards.tolist()
+        run.log(step, scores, metrics, skipped, no_signal=metrics["es/tie_rate"] == 1, **record)
 
 
 def main(config):

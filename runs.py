@@ -39,6 +39,7 @@ FREE_KEYS |= {"generation_batch_size", "population_batch", "eval_every", "checkp
 FREE_KEYS |= {"max_skipped_steps", "log_dir", "run_name", "resume"}
 
 BAR = "{desc:8} {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"  # fits into 80 columns
+STEPS_FOR_A_SIGNAL = 3  # tied rewards in so many steps from the start are reported
 SECONDS_BETWEEN_LINES = 30  # where there is no terminal for a bar
 
 
@@ -115,6 +116,7 @@ class Run:
         done, print the result; when a signal asked to stop, save and print how to resume."""
         if not self.state:
             self.state = {"step": 0, "seconds": 0.0, "generated_tokens": 0, "skipped_steps": 0, "skipped_in_a_row": 0}
+            self.state["steps_without_signal"] = 0
             self.state["before"] = self._evaluate()
             self._commit(save=self.journal is None)
         self.progress.unpause()  # its clock starts here
@@ -145,10 +147,11 @@ class Run:
             torch.cuda.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def log(self, step, scores, metrics, skipped=None, **record):
+    def log(self, step, scores, metrics, skipped=None, no_signal=False, **record):
         """Log a finished step: `metrics`, and what follows from the scores of its completions.
 
-        scores: {name: (B,)}; skipped: why the step made no update, or None; record: JSON values to keep in the state
+        scores: {name: (B,)}; skipped: why the step made no update, or None; no_signal: True if all its rewards tied
+        record: JSON values to keep in the state
         """
         seconds, num_tokens, state = time.perf_counter() - self.step_start, scores["length"].sum(), self.state
         self.state = {
@@ -159,6 +162,7 @@ class Run:
             "generated_tokens": state["generated_tokens"] + int(num_tokens),
             "skipped_steps": state["skipped_steps"] + bool(skipped),
             "skipped_in_a_row": state["skipped_in_a_row"] + 1 if skipped else 0,
+            "steps_without_signal": state["steps_without_signal"] + bool(no_signal),
             "after": None,
         }
         metrics = {
@@ -177,6 +181,13 @@ class Run:
             metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._write_scalars(metrics, step + 1)
         self._show_progress(metrics)
+        if self.state["steps_without_signal"] == step + 1 == STEPS_FOR_A_SIGNAL:
+            right, formatted = (float(scores[f"accuracy/{name}"].mean()) for name in ("strict", "format"))
+            self.say(
+                f"no signal: all rewards tied in the first {step + 1} steps, so nothing was learned. In the last one "
+                f"{right:.0%} of the completions are right and {formatted:.0%} have the format. Try examples, the "
+                "rewards lenient_accuracy and tag_count, or a larger max_new_tokens."
+            )
         if skipped:
             in_a_row = self.state["skipped_in_a_row"]
             self.say(f"step {step + 1} skipped: {skipped}")
