@@ -9,6 +9,7 @@ Letters in shapes: P prompts, G completions per prompt, B = P * G rows, T tokens
 """
 
 import dataclasses
+import math
 import os
 from types import SimpleNamespace
 
@@ -47,16 +48,19 @@ class PreallocatedLayer(DynamicLayer):
     writes the slot `cursor.slot`, a tensor (1,) on the device, and returns the slots before `cursor.end`.
     """
 
-    def __init__(self, max_new_tokens, cursor):
+    def __init__(self, num_slots, cursor):
         super().__init__()
-        self.max_new_tokens, self.cursor = max_new_tokens, cursor
+        self.num_slots, self.cursor = num_slots, cursor
 
     def batch_repeat_interleave(self, repeats):
         self.buffers = []
         for x in (self.keys, self.values):
             B, H, T, D = x.shape
-            # Zeros, since masked slots are read before they are written: anything else might be NaN.
-            buffer = x.new_zeros(B * repeats, H, T + self.max_new_tokens, D)
+            # Zeros, since masked slots are read before they are written: anything else might be NaN. In autocast's
+            # dtype, to which attention would otherwise cast them at every step.
+            device, dtype = x.device.type, x.dtype
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+            buffer = x.new_zeros(B * repeats, H, self.num_slots, D, dtype=dtype)
             buffer[:, :, :T].unflatten(0, (B, repeats)).copy_(x[:, None])
             self.buffers.append(buffer)
         self.keys, self.values = (buffer[:, :, :T] for buffer in self.buffers)
@@ -148,11 +152,13 @@ def generate(model, prompts, settings, num_samples=1, uniforms=None, on_rows=Non
 def _lay_out(prompts, shared, settings):
     """Cache slots of each row: the `shared` beginning of all prompts, padding, the rest of its prompt, its completion.
 
-    Returns ids (P, L) of the prompts, L the longest one's length, and attention_mask (P, L + max_new_tokens).
+    Returns ids (P, L) of the prompts, L the longest one's length, and attention_mask (P, S): S slots, a multiple of 8,
+    as GPUs would otherwise pad the mask in every layer.
     """
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), settings.pad_id)
-    attention_mask = torch.ones(len(prompts), longest + settings.max_new_tokens, dtype=torch.bool)
+    num_slots = math.ceil((longest + settings.max_new_tokens) / 8) * 8
+    attention_mask = torch.ones(len(prompts), num_slots, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
         padding = longest - len(prompt)
         ids[row, :shared] = torch.tensor(prompt[:shared])
@@ -161,7 +167,6 @@ def _lay_out(prompts, shared, settings):
     return ids, attention_mask
 
 
-@torch.inference_mode()
 def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, block_size, out):
     """The decode loop, for the prompts in the range `part`; writes into the Completions `out`."""
     device, network, P = model.device, inner_model(model), len(part)
@@ -174,8 +179,9 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
     longest = ids.shape[1]
     positions = (attention_mask[:, :longest].cumsum(-1) - 1).clamp(min=0)
     cursor = SimpleNamespace(slot=torch.full((1,), longest, device=device), end=longest)
+    has_mask = keeps_all and network.config._attn_implementation == "sdpa"  # eager attention adds numbers
     if keeps_all:
-        cache.layers = [PreallocatedLayer(settings.max_new_tokens, cursor) for _ in cache.layers]
+        cache.layers = [PreallocatedLayer(attention_mask.shape[1], cursor) for _ in cache.layers]
 
     def forward(ids, mask, positions, **options):
         options |= {"past_key_values": cache, "use_cache": True}
@@ -199,10 +205,8 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
     on_rows(rows // num_samples)
 
     # A step changes tensors in place and reads its position from tensors, so that a CUDA graph can replay it.
-    column, slots = (
-        torch.zeros(1, dtype=torch.long, device=device),
-        torch.arange(attention_mask.shape[1], device=device),
-    )
+    column = torch.zeros(1, dtype=torch.long, device=device)
+    slots = torch.arange(attention_mask.shape[1], device=device)
     stop_ids, newest = torch.tensor(settings.stop_ids, device=device), torch.empty_like(position)
 
     def append_tokens(logits):
@@ -219,15 +223,16 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
     def step():
         position.add_(1)
         visible = attention_mask[:, : cursor.end]
-        if keeps_all:  # the mask the model would make, except that the end may lie beyond the slot
+        if has_mask:  # the one the model would make, except that the end may lie beyond the slot
             visible = (visible & (slots[: cursor.end] <= cursor.slot))[:, None, None]
         append_tokens(forward(newest, visible, position))
         cursor.slot.add_(1)
 
     append_tokens(logits)
     del logits  # (B, V) is large
-    run_step = GraphedStep(step, enabled=settings.cuda_graphs and keeps_all and device.type == "cuda")
-    for end in range(longest + 1, len(slots)):
+    run_step = GraphedStep(step, enabled=settings.cuda_graphs and has_mask and device.type == "cuda")
+    bucket = LENGTH_BUCKET if run_step.enabled else 1
+    for end in range(longest + 1, longest + settings.max_new_tokens):
         num_finished = int((~out.truncated[rows]).sum())  # the one wait for the device in a step
         if num_finished == len(rows):
             break
@@ -238,7 +243,7 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
             on_rows(rows // num_samples)
             run_step.reset()
         if end > cursor.end:
-            cursor.end = min(end + (LENGTH_BUCKET - 1 if run_step.enabled else 0), len(slots))
+            cursor.end = min(math.ceil(end / bucket) * bucket, len(slots))
             run_step.reset()
         run_step()
 
