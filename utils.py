@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import inspect
 import math
 import operator
 import os
@@ -38,7 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from datasets import make_dataset
 from generation import DecodeSettings, generate, inner_model
-from reward import UserError, find_reward, lenient_correct, score, strict_correct
+from reward import UserError, find_reward, lenient_correct, reference_value, score, strict_correct
 
 # Libraries' own output: weight-loading bars, and the renaming of a method that PEFT calls.
 transformers.utils.logging.disable_progress_bar()
@@ -50,6 +51,11 @@ class Config(BaseModel):
     read as one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Example(Config):
+    prompt: str
+    answer: str  # the whole completion, in the format that the rewards look for
 
 
 class RunConfig(Config):
@@ -65,6 +71,7 @@ class RunConfig(Config):
     dataset: str = "math_expr"
     dataset_args: dict[str, JsonValue] = {}
     system_prompt: str = "Think step by step in <think></think>, then answer in <answer></answer>."
+    examples: list[Example] = []
     rewards: dict[str, float] = Field({"accuracy": 1.0, "format": 0.1}, min_length=1)
     max_new_tokens: PositiveInt = 96
     # Evaluation, checkpoints, logs, seed
@@ -202,37 +209,84 @@ def set_up(config, weights_dtype, autocast=False, **settings):
     model = load_model(config.model, weights_dtype, accelerator.device, config.cache_dir)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
     train_set, test_set = (
-        [Problem(*pair) for pair in zip(items, encode_prompts(tokenizer, items, config.system_prompt), strict=True)]
-        for items in (train_items, test_items)
+        list(map(Problem, items, encode_prompts(tokenizer, items, config.system_prompt, config.examples)))
+        for items in (list(train_items), test_items)
     )
-    longest = max(len(problem.ids) for problem in train_set + test_set)
+    check_problems(train_set + test_set, model, tokenizer, config)
+    ends, pad_id = stop_ids(model, tokenizer), tokenizer.pad_token_id
+    if not ends:
+        raise UserError(f"model: {config.model!r}: neither its tokenizer nor its generation config names an end token")
+    # The padding token is a filler that nothing attends to, but it is looked up.
+    pad_id = pad_id if pad_id is not None and pad_id < model.get_input_embeddings().num_embeddings else 0
+    decoding = {"stop_ids": ends, "pad_id": pad_id, "cuda_graphs": config.cuda_graphs, **settings}
+    return Setup(accelerator, model, tokenizer, train_set, test_set, DecodeSettings(config.max_new_tokens, **decoding))
+
+
+def check_problems(problems, model, tokenizer, config):
+    """UserError if the model cannot read the prompts; a warning for reference answers that are no values."""
+    longest = max(len(problem.ids) for problem in problems)
     limit = getattr(inner_model(model).config.get_text_config(), "max_position_embeddings", None)
     if limit and longest + config.max_new_tokens > limit:
         too_long = f"a prompt of {longest} tokens and its completion exceed the model's {limit} positions"
         raise UserError(f"max_new_tokens: {config.max_new_tokens}: {too_long}")
-    settings |= {"stop_ids": stop_ids(model, tokenizer), "pad_id": tokenizer.pad_token_id}
-    settings = DecodeSettings(config.max_new_tokens, cuda_graphs=config.cuda_graphs, **settings)
-    return Setup(accelerator, model, tokenizer, train_set, test_set, settings)
+    size, largest = model.get_input_embeddings().num_embeddings, max(max(problem.ids) for problem in problems)
+    if largest >= size:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(f"model: its tokenizer's token {token!r}, {largest}, is beyond its {size:,} embeddings")
+    references = [problem.item["answer"] for problem in problems]
+    texts = [reference for reference in references if reference_value(reference) is None]
+    if texts:
+        kind = "are no number or polynomial and are compared as text"
+        say_once(f"{len(texts):,} of {len(references):,} reference answers {kind}, such as {texts[0][:80]!r}")
 
 
 def load_model(name, dtype, device, cache_dir=None):
     """A causal language model from a folder or the Hugging Face hub; an adapter is loaded onto the base model it names.
     In eval mode for good: a policy that is scored under dropout is not the policy that was sampled."""
+    # cuDNN's attention plans anew for every shape, which decoding changes all the time, and its gradients can be NaN.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if "/" not in name and not Path(name).is_dir():  # a misspelled folder: do not look for it on the hub
         raise UserError(f"model: {name!r}: there is no such folder here; on the hub, owner/model is expected")
     options = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa", "cache_dir": cache_dir}
+    base_name = name
     try:
         is_adapter = (Path(name) / "adapter_config.json").is_file()
-        base_name = PeftConfig.from_pretrained(name).base_model_name_or_path if is_adapter else name
-        model, info = AutoModelForCausalLM.from_pretrained(base_name, output_loading_info=True, **options)
+        if is_adapter:
+            adapter = PeftConfig.from_pretrained(name)
+            base_name = adapter.base_model_name_or_path
+            if isinstance(getattr(adapter, "target_modules", None), str) or getattr(adapter, "bias", "none") != "none":
+                raise ValueError(
+                    "adapters with a regular expression as target_modules, or with bias, are not supported"
+                )
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(base_name, output_loading_info=True, **options)
+        except ValueError as error:
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            options["attn_implementation"] = "eager"
+            model, info = AutoModelForCausalLM.from_pretrained(base_name, output_loading_info=True, **options)
+            say_once(f"{type(model).__name__} has no SDPA attention: eager attention is used, which is slower")
+        check_decodable(model)
         if is_adapter:
             model = PeftModel.from_pretrained(model, name, is_trainable=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model: {name!r}: {one_line(error)}") from None
+        base = "" if base_name == name else f"its base model {base_name!r}: "
+        raise UserError(f"model: {name!r}: {base}{one_line(error)}") from None
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"model: {name!r}: {len(missing)} of its weights are missing, such as {missing[0]}")
     return model.to(device).eval()
+
+
+def check_decodable(model):
+    """ValueError for models whose layers keep more, or other things, than keys and values of tokens."""
+    needed = {"input_ids", "attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
+    missing = sorted(needed - inspect.signature(model.forward).parameters.keys())
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    kinds = sorted(kinds - {"full_attention", "sliding_attention"})
+    if missing or kinds:
+        reason = f"layers of kind {', '.join(kinds)}" if kinds else f"forward() without {', '.join(missing)}"
+        raise ValueError(f"{type(model).__name__} is not supported: {reason}")
 
 
 def load_tokenizer(name, cache_dir=None):
@@ -246,16 +300,23 @@ def load_tokenizer(name, cache_dir=None):
     if tokenizer.pad_token_id is None:  # never searched for in ids: masks come from lengths
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
-        say_once(f"{name} has no chat template: prompts are plain text, {PLAIN_TEMPLATE!r}")
+        say_once(f"{name} has no chat template: prompts are plain text, {PLAIN_TURN!r}")
     elif answer_start(tokenizer):
         say_once(f"the chat template begins every answer with {answer_start(tokenizer)}, which is scored as part of it")
     return tokenizer
 
 
 def stop_ids(model, tokenizer):
-    """All ids that end a completion: those in the model's generation config, and the tokenizer's end token."""
+    """All ids that end a completion: those in the model's generation config, the tokenizer's end token, and the token
+    with which the chat template ends a turn."""
     ids = model.generation_config.eos_token_id
-    return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
+    ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id}
+    if tokenizer.chat_template is not None:
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
+        text = _apply_template(tokenizer, [chat], add_generation_prompt=False)[0]
+        after = tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False).input_ids
+        ids |= {id for id in after[:1] if id in tokenizer.added_tokens_decoder}
+    return sorted(ids - {None})
 
 
 @torch.no_grad()
@@ -297,34 +358,47 @@ def fingerprint(weights):
     return f"{checksum:08x}"
 
 
-PLAIN_TEMPLATE = "{system}\n\nUser: {prompt}\n\nAssistant:"  # for base models, which have no chat template
+PLAIN_TURN = "User: {}\n\nAssistant:"  # for base models, which have no chat template
 
 
-def encode_prompts(tokenizer, items, system_prompt):
-    """Token ids of each item's prompt: chat template, system prompt, start of the answer. Where a template takes no
-    system message, the system prompt is put before the problem."""
+def encode_prompts(tokenizer, items, system_prompt, examples=()):
+    """Token ids of each item's prompt: system prompt, examples as earlier turns, the problem, start of the answer.
+
+    As the chat template writes them, or as plain text. Where a template takes no system message, the system prompt is
+    put before the first turn. UserError for a template that loses a problem or an example.
+    """
     prompts = [item["prompt"] for item in items]
     if tokenizer.chat_template is None:
-        texts = [PLAIN_TEMPLATE.format(system=system_prompt, prompt=prompt).lstrip() for prompt in prompts]
+        end = tokenizer.eos_token or ""  # shows the model how to end an answer
+        turns = [f"{PLAIN_TURN.format(example.prompt)} {example.answer}{end}" for example in examples]
+        turns = ([system_prompt] if system_prompt else []) + turns
+        texts = ["\n\n".join([*turns, PLAIN_TURN.format(prompt)]) for prompt in prompts]
         return tokenizer(texts).input_ids  # the tokenizer adds its own special tokens
+    turns = [(("user", example.prompt), ("assistant", example.answer)) for example in examples]
+    turns = [{"role": role, "content": content} for pair in turns for role, content in pair]
+    chats = [[*turns, {"role": "user", "content": prompt}] for prompt in prompts]
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     try:
-        texts = _apply_template(tokenizer, [[*system, {"role": "user", "content": prompt}] for prompt in prompts])
+        texts = _apply_template(tokenizer, [system + chat for chat in chats])
         is_shown = all(system_prompt.strip() in text for text in texts)
     except UserError:
         if not system_prompt:
             raise
         is_shown = False
     if not is_shown:
-        chats = [[{"role": "user", "content": f"{system_prompt}\n\n{prompt}"}] for prompt in prompts]
+        chats = [[{**first, "content": f"{system_prompt}\n\n{first['content']}"}, *rest] for first, *rest in chats]
         texts = _apply_template(tokenizer, chats)
-        say_once("the chat template takes no system prompt: it is put before each problem")
+        say_once("the chat template takes no system prompt: it is put before the first turn")
+    for prompt, text in zip(prompts, texts, strict=True):
+        for turn in (prompt, *(turn["content"] for turn in turns)):
+            if turn.strip() not in text:
+                raise UserError(f"model: its chat template loses this text: {one_line(turn)[:80]!r}")
     return tokenizer(texts, add_special_tokens=False).input_ids  # the template wrote them
 
 
-def _apply_template(tokenizer, chats):
+def _apply_template(tokenizer, chats, add_generation_prompt=True):
     # Templates that write today's date take date_string instead: a run resumed tomorrow must have the same prompts.
-    options = {"add_generation_prompt": True, "tokenize": False, "date_string": "26 Jul 2024"}
+    options = {"add_generation_prompt": add_generation_prompt, "tokenize": False, "date_string": "26 Jul 2024"}
     try:
         return tokenizer.apply_chat_template(chats, **options)
     except TemplateError as error:
@@ -361,7 +435,8 @@ def schedule_factor(schedule, step, num_steps, warmup_steps=0):
 
 
 def completion_texts(completions, tokenizer):
-    rows = [tokens[mask].tolist() for tokens, mask in zip(completions.tokens, completions.mask, strict=True)]
+    columns = completions.tokens.cpu(), completions.mask.cpu()  # at once: each row would wait for the device
+    rows = [tokens[mask].tolist() for tokens, mask in zip(*columns, strict=True)]
     start = answer_start(tokenizer)
     return [start + text for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
