@@ -32,15 +32,18 @@ Letters in shapes: P prompts, G completions per prompt, B = P * G rows, b rows o
 import contextlib
 import copy
 import dataclasses
+import itertools
 import math
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from safetensors.torch import load_file, save_file
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 import utils
 from generation import completion_log_probs, generate, inner_model
@@ -54,9 +57,9 @@ from utils import draw_problems, gather_scores, non_finite, schedule_factor, sco
 class LoRA(utils.Config):
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32.0
-    target_modules: list[str] = Field(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
-    )
+    target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = [
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    ]
 
 
 class GRPOConfig(utils.RunConfig):
@@ -156,7 +159,10 @@ def make_policy(model, lora, gradient_checkpointing):
     if isinstance(model, PeftModel):
         settings = model.peft_config["default"]
         own = LoRA(rank=settings.r, alpha=settings.lora_alpha, target_modules=sorted(settings.target_modules))
-        if lora is None or lora.model_copy(update={"target_modules": sorted(lora.target_modules)}) != own:
+        same_targets = lora and (
+            lora.target_modules == "all-linear" or sorted(lora.target_modules) == own.target_modules
+        )
+        if not same_targets or (lora.rank, lora.alpha) != (own.rank, own.alpha):
             raise UserError(f"lora: {lora}: expected {own}, as in the adapter that training starts from")
         model.add_adapter("reference", settings)
         parameters = dict(model.named_parameters())
@@ -164,15 +170,17 @@ def make_policy(model, lora, gradient_checkpointing):
             parameter.data.copy_(parameters[re.sub(r"\breference\b", "default", name)].data)
         model.set_adapter("default")
     elif lora is not None:
-        linears = [f".{name}" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-        for target in lora.target_modules:
-            if not any(name.endswith(f".{target}") for name in linears):
-                raise UserError(f"lora.target_modules: {target}: the model has no linear layer of that name")
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
+        for target in [] if lora.target_modules == "all-linear" else lora.target_modules:
+            if not any(f".{name}".endswith(f".{target}") for name in layers):
+                names = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+                raise UserError(f"lora.target_modules: {target}: the model's linear layers are {names}")
         shape = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": lora.target_modules}
+        shape["fan_in_fan_out"] = any(isinstance(layer, Conv1D) for layer in layers.values())  # GPT-2
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **shape))
     model.eval()  # no dropout, in an adapter from elsewhere either; gradients flow all the same
     if gradient_checkpointing:
-        inner_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+        inner_model(model).gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     return model
 
 
@@ -244,26 +252,46 @@ class MicroBatch:
 
 
 def make_micro_batches(prompts, completions, advantages, weights, token_budget, pad_id):
-    """Rows of weight > 0, longest first, in micro-batches of at most `token_budget` positions (but at least one row).
-    prompts: B lists of ids; completions: Completions of B rows; advantages, weights: (B,)"""
-    lengths = completions.mask.sum(1).tolist()
-    rows = [row for row, weight in enumerate(weights.tolist()) if weight > 0]
-    rows.sort(key=lambda row: len(prompts[row]) + lengths[row], reverse=True)
+    """Rows of weight > 0 in micro-batches of whole groups, so that each prompt is computed once; longest first.
+
+    A micro-batch computes at most `token_budget` positions, padding included: its prompts, and the completions of its
+    rows. A group that is too large alone is split, down to single rows.
+    prompts: P lists of ids; completions, advantages (P * G,), weights (P * G,): of G rows for each prompt
+    """
+    G, lengths = len(weights) // len(prompts), completions.mask.sum(1).tolist()
+
+    def prompt_of(row):
+        return prompts[row // G]
+
+    def num_positions(rows):
+        longest_prompt, longest = max(len(prompt_of(row)) for row in rows), max(lengths[row] for row in rows)
+        return len({row // G for row in rows}) * longest_prompt + len(rows) * longest
+
+    kept = [row for row, weight in enumerate(weights.tolist()) if weight > 0]
+    groups = [list(rows) for _, rows in itertools.groupby(kept, key=lambda row: row // G)]
+    groups.sort(key=lambda rows: max(lengths[row] for row in rows), reverse=True)
+    batches = []
+    for group in groups:
+        most_rows = max(1, (token_budget - len(prompt_of(group[0]))) // max(lengths[row] for row in group))
+        for first in range(0, len(group), most_rows):
+            rows = group[first : first + most_rows]
+            if not batches or num_positions(batches[-1] + rows) > token_budget:
+                batches.append([])
+            batches[-1] += rows
+
     micro_batches = []
-    while rows:
-        T = len(prompts[rows[0]]) + lengths[rows[0]]
-        b = max(1, token_budget // T)
-        batch, rows = rows[:b], rows[b:]
-        ids = torch.full((len(batch), T), pad_id, device=weights.device)
+    for rows in batches:
+        T = max(len(prompt_of(row)) + lengths[row] for row in rows)
+        ids = torch.full((len(rows), T), pad_id, device=weights.device)
         mask = torch.zeros(ids.shape, dtype=torch.bool, device=weights.device)
         sampler_log_probs = torch.zeros(ids.shape, device=weights.device)
-        for i, row in enumerate(batch):
-            start, end = len(prompts[row]), len(prompts[row]) + lengths[row]
-            ids[i, :start] = torch.tensor(prompts[row])
+        for i, row in enumerate(rows):
+            start, end = len(prompt_of(row)), len(prompt_of(row)) + lengths[row]
+            ids[i, :start] = torch.tensor(prompt_of(row))
             ids[i, start:end] = completions.tokens[row, : lengths[row]]
             mask[i, start:end] = True
             sampler_log_probs[i, start:end] = completions.log_probs[row, : lengths[row]]
-        micro_batches.append(MicroBatch(ids, mask, advantages[batch, None], weights[batch, None], sampler_log_probs))
+        micro_batches.append(MicroBatch(ids, mask, advantages[rows, None], weights[rows, None], sampler_log_probs))
     return micro_batches
 
 
@@ -392,7 +420,7 @@ def train(config, setup, run, optimizer, frozen_copy=None):
         learning_rate = optimizer.param_groups[0]["lr"] = config.learning_rate * factor
         losses, grad_norm, values = torch.zeros(2), 0.0, {name: [] for name in TOKEN_METRICS}
         with run.phase("update"):
-            prompts = [problem.ids for problem in problem_of_row]
+            prompts = [problem.ids for problem in problems]
             local = prompts, completions, advantages[mine].flatten(), loss_weights[mine].flatten()
             batches = make_micro_batches(*local, config.micro_batch_tokens, setup.settings.pad_id)
             for _ in range(K if loss_weights.any() else 0):
@@ -415,7 +443,7 @@ def train(config, setup, run, optimizer, frozen_copy=None):
             "optim/learning_rate": learning_rate,
             "progress/prompts": (step + 1) * P,
         }
-        run.log(step, scores, metrics, skipped)
+        run.log(step, scores, metrics, skipped, no_signal=metrics["reward/equal_groups"] == 1)
 
 
 def main(config):
@@ -427,6 +455,9 @@ def main(config):
     utils.check_chunked_head(setup.model)
     identity = run_identity(config, setup)  # of the model without a new adapter
     setup.model = policy = make_policy(setup.model, config.lora, config.gradient_checkpointing)
+    for module in policy.modules() if config.dtype == "bfloat16" else []:
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False  # PEFT would cast to fp32 what autocast then casts back to bf16
     trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
     frozen_copy = copy.deepcopy(policy).requires_grad_(False) if config.lora is None and config.kl_weight else None
     optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
