@@ -232,7 +232,7 @@ class GSM8KDataset(Problems):
 
 
 class JSONLDataset(Problems):
-    """Your own problems: one JSON object per line with "prompt" and "answer", a text or a number; further keys go to the
+    """Your own problems: one JSON object per line with "prompt" and "answer", text or a number; further keys go to the
     reward functions.
 
     path: for split "train" the file itself; for "test" `name.test.jsonl` beside `name.jsonl` when that exists, else

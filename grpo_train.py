@@ -252,7 +252,8 @@ class MicroBatch:
 
 
 def make_micro_batches(prompts, completions, advantages, weights, token_budget, pad_id):
-    """Rows of weight > 0 in micro-batches of whole groups, so that each prompt is computed once; longest first.
+    """Rows of weight > 0 in micro-batches of whole groups, so that each prompt is computed once; or of rows of similar
+    length, where that computes fewer positions, as with short prompts and completions of very different lengths.
 
     A micro-batch computes at most `token_budget` positions, padding included: its prompts, and the completions of its
     rows. A group that is too large alone is split, down to single rows.
@@ -267,17 +268,21 @@ def make_micro_batches(prompts, completions, advantages, weights, token_budget, 
         longest_prompt, longest = max(len(prompt_of(row)) for row in rows), max(lengths[row] for row in rows)
         return len({row // G for row in rows}) * longest_prompt + len(rows) * longest
 
+    def pack(groups):
+        batches = [[]]
+        for group in sorted(groups, key=lambda rows: max(lengths[row] for row in rows), reverse=True):
+            most_rows = max(1, (token_budget - len(prompt_of(group[0]))) // max(lengths[row] for row in group))
+            for first in range(0, len(group), most_rows):
+                rows = group[first : first + most_rows]
+                if batches[-1] and num_positions(batches[-1] + rows) > token_budget:
+                    batches.append([])
+                batches[-1] += rows
+        return list(filter(None, batches))
+
     kept = [row for row, weight in enumerate(weights.tolist()) if weight > 0]
     groups = [list(rows) for _, rows in itertools.groupby(kept, key=lambda row: row // G)]
-    groups.sort(key=lambda rows: max(lengths[row] for row in rows), reverse=True)
-    batches = []
-    for group in groups:
-        most_rows = max(1, (token_budget - len(prompt_of(group[0]))) // max(lengths[row] for row in group))
-        for first in range(0, len(group), most_rows):
-            rows = group[first : first + most_rows]
-            if not batches or num_positions(batches[-1] + rows) > token_budget:
-                batches.append([])
-            batches[-1] += rows
+    packings = pack(groups), pack([[row] for row in kept])
+    batches = min(packings, key=lambda batches: sum(map(num_positions, batches)))
 
     micro_batches = []
     for rows in batches:
