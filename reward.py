@@ -205,7 +205,7 @@ def lenient_answer(text):
             after = after.removeprefix(marker)
         sentence = re.split(r"\.\s|\n", after.strip(" :*\n"), maxsplit=1)[0]
         values = values_in(sentence)
-        is_choice = len(values) > 1 and re.search(rf"{re.escape(values[0])}\W{{0,3}}(or|and)\W", sentence)
+        is_choice = len(values) > 1 and re.match(r"\W{0,3}(or|and)\W", sentence.partition(values[0])[2])
         if values:
             return None if is_choice else values[0]
     tail = text[-MAX_TAIL_CHARS:]
@@ -290,11 +290,10 @@ def find_reward(name):
             raise
         raise UserError(f"rewards: {name!r}: there is no module {error.name} on the path") from None
     function = getattr(module, function_name, None)
-    if not callable(function) or inspect.iscoroutinefunction(function):
-        kind = (
-            "async functions are not supported" if callable(function) else f"{module_name} has no function of that name"
-        )
-        raise UserError(f"rewards: {name!r}: {kind}")
+    if not callable(function):
+        raise UserError(f"rewards: {name!r}: {module_name} has no function {function_name}")
+    if inspect.iscoroutinefunction(function):
+        raise UserError(f"rewards: {name!r}: async functions are not supported")
     return function
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import shutil
 from collections import defaultdict
 from unittest.mock import Mock
 
@@ -10,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from conftest import EOS, PAD, make_model, random_prompts, settings
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import grpo_train
 import utils
@@ -295,5 +297,58 @@ def test_lora_that_contradicts_the_models_adapter_or_has_no_such_linear_layer_is
         with pytest.raises(UserError, match=message):
             make_policy(make_policy(make_model(), LoRA(rank=4), False), lora, False)
     for name in ("qq_proj", "mlp", "norm"):
-        with pytest.raises(UserError, match=f"target_modules: {name}: the model has no linear layer of that name"):
+        with pytest.raises(
+            UserError, match=f"target_modules: {name}: the model's linear layers are down_proj, gate_proj, "
+        ):
             make_policy(make_model(), LoRA(target_modules=["q_proj", name]), False)
+
+
+def test_micro_batches_hold_whole_groups_within_the_budget_of_computed_positions():
+    prompts, G = random_prompts([40, 44, 38, 41]), 4
+    uniforms = torch.rand(16, MAX_NEW, generator=torch.Generator().manual_seed(3))
+    completions = generate(make_model(), prompts, settings(MAX_NEW, [EOS, 5]), G, uniforms)
+    weights = torch.tensor([1.0, 1, 1, 0] * 4)
+    batches = grpo_train.make_micro_batches(prompts, completions, weights, weights, 200, PAD)
+    assert len(batches) > 1 and sum(len(batch.ids) for batch in batches) == 12
+    for batch in batches:
+        starts = batch.mask.int().argmax(1)
+        prompts_in = {tuple(row[:start].tolist()) for row, start in zip(batch.ids, starts, strict=True)}
+        assert len(batch.ids) == 3 * len(prompts_in)  # whole groups, but for rows without weight
+        assert len(prompts_in) * int(starts.max()) + len(batch.ids) * int(batch.mask.sum(1).max()) <= 200
+    assert [
+        len(batch.ids) for batch in grpo_train.make_micro_batches(prompts, completions, weights, weights, 1, PAD)
+    ] == [1] * 12
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["c_attn", "c_proj"]])
+def test_adapters_for_all_linear_layers_and_for_those_of_gpt2(targets):
+    config = GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=EOS, bos_token_id=EOS
+    )
+    torch.manual_seed(0)
+    model = make_policy(GPT2LMHeadModel(config).eval(), LoRA(rank=4, target_modules=targets), False)
+    adapted = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_" in name}
+    assert adapted == {"c_attn", "c_proj"} | ({"c_fc"} if targets == "all-linear" else set())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    ids = torch.tensor(random_prompts([12]))
+    logits = model(ids).logits
+    with grpo_train.merged_adapter(model):
+        torch.testing.assert_close(model(ids).logits, logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("odd", [{"target_modules": ".*q_proj"}, {"target_modules": ["q_proj"], "bias": "all"}])
+def test_adapter_with_a_regular_expression_or_bias_and_one_without_its_base_are_named(tmp_path, odd):
+    make_model().save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(
+        utils.load_model(str(tmp_path / "base"), "float32", "cpu"), LoraConfig(task_type="CAUSAL_LM", **odd)
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="adapters with a regular expression as target_modules, or with bias, are not"):
+        utils.load_model(str(tmp_path / "adapter"), "float32", "cpu")
+    odd = {"target_modules": ["q_proj"]}
+    get_peft_model(adapted.unload(), LoraConfig(task_type="CAUSAL_LM", **odd)).save_pretrained(tmp_path / "lost")
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(UserError, match=f"model: '{tmp_path}/lost': its base model '{tmp_path}/base': "):
+        utils.load_model(str(tmp_path / "lost"), "float32", "cpu")

@@ -16,12 +16,15 @@ from reward import (
     accuracy_reward,
     find_reward,
     format_reward,
+    lenient_accuracy_reward,
     lenient_answer,
     lenient_correct,
     parse_value,
     same_answer,
     score,
     strict_answer,
+    strict_correct,
+    tag_count_reward,
 )
 
 
@@ -62,7 +65,7 @@ def test_any_number_is_read_exactly_and_any_polynomial_in_any_order(number, deci
     assert parse_value(text) == parse_value(text.replace("^", "**").replace("*x", "x")) == coefficients
 
 
-NO_VALUES = "|-|$|%|--7|+-7|1e5|nan|inf|seven|7.|0x10|1_000|(7)|3+4|2*3|9**9**9|x^-1|x^1001|2x+x|(x+1)*(x-2)|xx|y"
+NO_VALUES = "|-|$|%|--7|+-7|e5|nan|inf|seven|7..|0x10|1_000|(7)(7)|3+4|2*3|9**9**9|x^-1|x^1001|2x+x|(x+1)*(x-2)|xx|y"
 NO_VALUES += "| |2^3|x/2|1,25|1234,567|12,34,567|1.2.3|3/0|1/2/3|0,125|14/2|8/8|0/5|3%x|$x|24 or 25|24, 25|1 2|3, 100"
 NO_VALUES += "|1, 250|1 .5|x(x-1)|3 / 4|7 apples|1\n2|1\t2|" + "9" * 201
 NO_VALUES += "|٣|７|०|1.٣|1/٣|x^٣|٣x|1,٣٣٣"  # digits of other scripts
@@ -121,7 +124,7 @@ def test_white_space_around_the_blocks_is_allowed():
     assert format_reward([tagged("nonsense")]) == [1.0]
 
 
-LENIENT = {"The answer is 12.": "12", "3+4=7": "7", "so 4*(-3)=-12": "-12", "2-5": "5", "about 1,250 eggs": "1,250"}
+LENIENT = {"The answer is 12.": "12", "3+4=7": "7", "so 4*(-3)=-12": "-12", "2-5": None, "about 1,250 eggs": "1,250"}
 LENIENT |= {"it costs $18.50!": "$18.50", "75%": "75%", "3/4 of it": "3/4", "Answer: x^2-2x+1": "x^2-2x+1"}
 LENIENT |= {"next exit": None, "none": None, "": None, "9" * 5000 + " apples": None, "٣ or ７": None}
 LENIENT |= {tagged("-9", "1-10=-9"): "-9"}
@@ -215,7 +218,7 @@ def test_users_function_gets_every_column_and_is_named_by_module(write_reward):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("acuracy", "rewards: 'acuracy': expected one of accuracy, format, or my_module:my_function"),
+        ("acuracy", "rewards: 'acuracy': expected one of accuracy, lenient_accuracy, format, tag_count, or my_module"),
         ("no_such_module:f", "there is no module no_such_module on the path"),
         ("no_such_package.module:f", "there is no module no_such_package on the path"),
         ("reward:", "rewards: 'reward:': expected one of"),
@@ -242,3 +245,80 @@ def test_bug_in_a_reward_function_stops_and_is_named(write_reward, body, error, 
     write_reward(f"def f(completions, **columns):\n    {body}\n")
     with pytest.raises(error, match=message):
         score({"my_rewards:f": 1.0}, ["some text", "other"], [{"prompt": "p", "answer": "7"}] * 2)
+
+
+# Answers as people write them: (completion's answer, reference, is right)
+TYPESET = [
+    *[
+        (text, "42", True)
+        for text in ("42.", "**42**", r"\boxed{42}", "$42$", r"$\boxed{42}$.", r"\(42\)", "`42`", "(42)")
+    ],
+    *[(text, "-5", True) for text in ("(-5)", "x = -5", "−5", r"\boxed{-5}", "$x = -5$")],
+    *[(text, "1500", True) for text in ("1.5e3", "1,500", r"1{,}500", r"1.5 \times 10^3", "$1,500", "1500%")],
+    *[(text, "1/2", True) for text in (r"\frac{1}{2}", r"\dfrac{1}{2}", "0.5", ".5", "5e-1")],
+    *[(text, "1 1/4", True) for text in ("1 1/4", "1.25", r"1\frac{1}{4}", "5/4")],
+    *[(text, "x^2-1", True) for text in ("x^{2} - 1", "f = x^2-1", "(x^2-1)")],
+    *[("24 or 25", reference, False) for reference in ("24", "25")],
+    *[(r"\boxed{1} \boxed{2}", "1", False), ("3+4", "7", False), ("x = y = 5", "5", False), ("42$", "42", False)],
+    *[("(x+1)(x-1)", "x^2-1", False), ("2 5/3", "11/3", False), ("25 cm", "25", False), ("", "0", False)],
+]
+
+
+@pytest.mark.parametrize(("text", "reference", "right"), TYPESET)
+def test_strict_answer_is_one_value_however_it_is_typeset(text, reference, right):
+    assert strict_correct(tagged(text), reference) == right
+
+
+@pytest.mark.parametrize(
+    "reference", ["5", r"\boxed{5}", "5.", "5e0", r"\frac{15}{3} \#\#\#\#", "It is 5\n#### 5", "10/2"]
+)
+def test_reference_is_read_as_an_answer_is(reference):
+    is_value = reference not in (r"\frac{15}{3} \#\#\#\#", "10/2")  # still to be computed: compared as text
+    assert strict_correct(tagged("5"), reference) == is_value
+
+
+FINAL = [
+    *[("7 tries: #### 42\nI checked 3 times.", "42", True), ("#### 42. It is even, as 7 is not.", "42", True)],
+    *[("<answer>42</answer> in 10 steps", "42", True), ("<answer>25 cm</answer>", "25", True)],
+    *[(r"so \boxed{5}, not 7", "5", True), ("The answer is 42 because 6*7=42 and 3.", "42", True)],
+    *[("**Answer:** 42, as above", "42", True), ("2 2/3", "8/3", True), ("2 2/3", "2/3", False)],
+    *[("The area is 25 cm^2.", "25", True), ("1.5e3", "1500", True), (".75", "3/4", True), ("- 42", "42", True)],
+    *[("1. First 3.\n2. Then 7", "7", True), ("10 - 5", "5", False), ("10-5 = 5", "5", True), ("14/2", "7", False)],
+    *[("3 x 4", "4", False), ("12, 13, 14", "14", True), ("24 or 25", "24", False), ("Answer: 24 or 25", "24", False)],
+    *[("<answer>24 or 25</answer>", "25", False), (r"so \frac{3}{4}.", "0.75", True), ("it is -7", "7", False)],
+    *[("it is 1,250", "250", False), (r"\boxed{42", "4", False), ("so x^2 - 3x + 2.", "x^2-3x+2", True)],
+]
+
+
+@pytest.mark.parametrize(("text", "reference", "right"), FINAL)
+def test_lenient_answer_is_what_a_person_would_read_as_final(text, reference, right):
+    assert lenient_correct(text, reference) == right
+
+
+def test_tag_count_gives_partial_credit_and_lenient_accuracy_needs_no_format():
+    texts = [tagged("7"), "<think>7</think>", "<answer>7<answer>", "it is 7", ""]
+    assert tag_count_reward(texts) == [1.0, 0.5, 0.0, 0.0, 0.0]
+    assert lenient_accuracy_reward(texts, ["7"] * 5) == [1.0, 1.0, 0.0, 1.0, 0.0]
+
+
+def test_values_of_numpy_torch_and_none_are_read_and_no_function_changes_what_others_see(monkeypatch, tmp_path):
+    (tmp_path / "kinds.py").write_text(
+        "import numpy, torch\n"
+        "def array(completions, **columns):\n"
+        "    completions[:] = ['spoiled'] * 2\n"
+        "    columns['answer'].clear()\n"
+        "    return numpy.array([1.0, 2.0])\n"
+        "def tensor(completions, answer, **columns):\n"
+        "    assert completions == ['a', 'b'] and answer == ['7', '7']\n"
+        "    return torch.tensor([3.0, 4.0])\n"
+        "def mixed(**columns):\n"
+        "    return [None, numpy.float32(5)]\n"
+        "async def later(**columns):\n"
+        "    return []\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    items = [{"prompt": "p", "answer": "7"}] * 2
+    rows = score({"kinds:array": 1.0, "kinds:tensor": 10.0, "kinds:mixed": 100.0}, ["a", "b"], items)
+    assert [row["reward"] for row in rows] == [31.0, 542.0]
+    with pytest.raises(UserError, match="rewards: 'kinds:later': async functions are not supported"):
+        find_reward("kinds:later")

@@ -384,3 +384,14 @@ def test_without_a_terminal_there_is_a_line_every_half_minute(tmp_path, capsys, 
     lines = re.findall(rf"^ +(\d/8)  {status}, (\d\d:\d\d) left$", output.out, re.MULTILINE)
     assert lines == [("3/8", "01:00"), ("6/8", "00:24")]
     assert not output.err
+
+
+def test_tied_rewards_in_the_first_three_steps_are_reported_once(tmp_path, script, capsys):
+    script.train(tmp_path / "run", "max_new_tokens=2", "rewards={accuracy: 1.0}")  # no completion is ever whole
+    out = capsys.readouterr().out
+    expected = (
+        r"no signal: all rewards tied in the first 3 steps.* 0% of the completions are right and 0% have the format"
+    )
+    assert len(re.findall(expected, out)) == 1 and "Try examples, the rewards lenient_accuracy and tag_count" in out
+    script.train(tmp_path / "other", "max_new_tokens=40")
+    assert "no signal" not in capsys.readouterr().out

@@ -6,12 +6,14 @@ import itertools
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
+import transformers
 import yaml
 from accelerate import Accelerator
-from conftest import ROOT, TINY, make_model, settings
+from conftest import ROOT, TINY, make_model, random_prompts, settings
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -19,10 +21,20 @@ from transformers import AutoTokenizer
 
 import utils
 from es_train import ESConfig
-from generation import Completions
+from generation import Completions, generate
 from grpo_train import GRPOConfig, LoRA
 from reward import UserError
-from utils import Problem, completion_texts, draw_problems, encode_prompts, load_config, load_model, load_tokenizer
+from utils import (
+    Example,
+    Problem,
+    completion_texts,
+    draw_problems,
+    encode_prompts,
+    load_config,
+    load_model,
+    load_tokenizer,
+    set_up,
+)
 
 CLASSES = {"grpo": GRPOConfig, "es": ESConfig}
 DEFAULTS = {key: ROOT / f"{key}_config.yml" for key in CLASSES}
@@ -311,3 +323,75 @@ def test_schedule_warms_up_and_decays_and_no_step_is_wasted():
     assert factors["constant"][4:] == [1.0] * 6
     assert factors["linear"][4:] == pytest.approx([6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7])
     assert factors["cosine"][-1] == pytest.approx((1 + math.cos(math.pi * 6 / 7)) / 2)
+
+
+def test_examples_are_earlier_turns_and_a_template_that_loses_text_is_named():
+    tokenizer, examples = load_tokenizer(TINY), [Example(prompt="1+1", answer="<answer>2</answer>")]
+    (ids,) = encode_prompts(tokenizer, [{"prompt": "2+2"}], "Be brief.", examples)
+    shot = "<|user|>1+1<|assistant|><answer>2</answer><|end|>"
+    assert tokenizer.decode(ids) == f"<|system|>Be brief.{shot}<|user|>2+2<|assistant|>"
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    (ids,) = encode_prompts(tokenizer, [{"prompt": "2+2"}], "Be brief.", examples)
+    turn = f"User: 1+1\n\nAssistant: <answer>2</answer>{tokenizer.eos_token}"
+    assert tokenizer.decode(ids) == f"Be brief.\n\n{turn}\n\nUser: 2+2\n\nAssistant:"
+    for lost, text in {"user": "2\\+2|1\\+1", "assistant": "<answer>2</answer>"}.items():
+        tokenizer.chat_template = template.replace(
+            "message['content']", f"(message['content'] if message['role'] != '{lost}' else '')"
+        )
+        with pytest.raises(UserError, match=f"model: its chat template loses this text: '({text})'"):
+            encode_prompts(tokenizer, [{"prompt": "2+2"}], "Be brief.", examples)
+
+
+def test_token_that_ends_a_turn_stops_a_row_and_odd_special_tokens_are_named_or_work(tmp_path, monkeypatch):
+    def folder(**tokens):
+        shutil.copytree(TINY, tmp_path / "model", dirs_exist_ok=True)
+        tokenizer = AutoTokenizer.from_pretrained(TINY)
+        tokenizer.add_tokens([f"<|{i}|>" for i in range(100)])  # more than the model has embeddings for
+        tokenizer.add_special_tokens(tokens)
+        tokenizer.save_pretrained(tmp_path / "model")
+        return GRPOConfig(model=str(tmp_path / "model"), dataset_args={"size": 20}, device="cpu", max_new_tokens=8)
+
+    end = load_tokenizer(TINY).convert_tokens_to_ids("<|end|>")
+    setup = set_up(folder(eos_token="<|user|>"), "float32")
+    assert end in setup.settings.stop_ids and len(setup.settings.stop_ids) == 2
+    config = folder(pad_token="<|beyond|>")
+    assert set_up(config, "float32").settings.pad_id == 0
+    with pytest.raises(UserError, match=r"its tokenizer's token '<\|beyond\|>', \d+, is beyond its \d+ embeddings"):
+        set_up(config.model_copy(update={"system_prompt": "<|beyond|>"}), "float32")
+    monkeypatch.setattr(utils, "stop_ids", lambda model, tokenizer: [])
+    with pytest.raises(UserError, match="neither its tokenizer nor its generation config names an end token"):
+        set_up(config, "float32")
+
+
+SIZE = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "vocab_size": 64, "pad_token_id": 0}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+UNSUPPORTED = {
+    "Mamba": ({}, "layers of kind linear_attention"),
+    "Lfm2": (HEADS | {"full_attn_idxs": [1]}, "layers of kind conv"),
+    "Llama4": (HEADS | {"num_local_experts": 2, "intermediate_size_mlp": 32}, "layers of kind chunked_attention"),
+    "Bloom": ({"n_layer": 2, "n_head": 4}, r"forward\(\) without position_ids"),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_model_that_the_decode_loop_cannot_serve_is_named(tmp_path, name):
+    values, reason = UNSUPPORTED[name]
+    config_class = getattr(transformers, "Llama4TextConfig" if name == "Llama4" else f"{name}Config")
+    getattr(transformers, f"{name}ForCausalLM")(config_class(**SIZE | values)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"model: '{tmp_path}': {name}ForCausalLM is not supported: {reason}"):
+        load_model(str(tmp_path), "float32", "cpu")
+
+
+def test_model_without_sdpa_decodes_with_eager_attention(tmp_path, capsys):
+    config = transformers.Gemma2Config(**SIZE | HEADS | {"head_dim": 8, "initializer_range": 0.2})
+    transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), "float32", "cpu")
+    assert "Gemma2ForCausalLM has no SDPA attention: eager attention is used" in capsys.readouterr().out
+    prompts = random_prompts([3, 9])
+    completions = generate(model, prompts, settings(8, [1]))
+    for prompt, tokens, mask, log_probs in zip(
+        prompts, completions.tokens, completions.mask, completions.log_probs, strict=True
+    ):
+        ids = [*prompt, *tokens[mask].tolist()]
+        exact = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        torch.testing.assert_close(log_probs[mask], exact.gather(1, tokens[mask][:, None])[:, 0], atol=1e-4, rtol=0)
