@@ -183,7 +183,8 @@ def measure_rollout(policy, problems, arguments, accelerator, rate):
 def measure_update(policy, problems, completions, arguments, accelerator, rate):
     """Time one optimizer step on all completions, without and with gradient checkpointing."""
     config, network, C = policy.config, inner_model(policy), arguments.new_tokens
-    rows = [problem.ids for problem in problems for _ in range(arguments.samples)]
+    prompts = [problem.ids for problem in problems]
+    rows = [prompt for prompt in prompts for _ in range(arguments.samples)]
     lengths = torch.full((len(rows),), float(C), device=accelerator.device)
     weights, advantages = grpo_train.token_weights(lengths, "token", C), torch.randn_like(lengths)
     positions, mean = sum(len(problem.ids) for problem in problems) + len(rows) * C, statistics.mean(map(len, rows))
@@ -199,7 +200,7 @@ def measure_update(policy, problems, completions, arguments, accelerator, rate):
             network.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             network.gradient_checkpointing_disable()
-        batches = grpo_train.make_micro_batches(rows, completions, advantages, weights, arguments.micro_batch, 0)
+        batches = grpo_train.make_micro_batches(prompts, completions, advantages, weights, arguments.micro_batch, 0)
         values = {name: [] for name in grpo_train.TOKEN_METRICS}
         grpo_train.update(policy, optimizer, batches, grpo_train.GRPOConfig(), None, accelerator, values)
 
