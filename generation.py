@@ -119,7 +119,6 @@ class DecodeSettings:
     cuda_graphs: bool = True  # on a GPU, replay decode steps from a CUDA graph
 
 
-@torch.no_grad()
 def generate(model, prompts, settings, num_samples=1, uniforms=None, on_rows=None, block_size=None):
     """Complete prompts: `num_samples` completions each, sampled with `uniforms`, or greedily without.
 
@@ -143,9 +142,12 @@ def generate(model, prompts, settings, num_samples=1, uniforms=None, on_rows=Non
     uniforms = None if uniforms is None else uniforms.to(device)
     block = block_size or 1
     chunk = max(1, settings.batch_size // (num_samples * block)) * block  # whole blocks
-    for first in range(0, len(prompts), chunk):
-        part = range(first, min(first + chunk, len(prompts)))
-        _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, block_size or len(part), completions)
+    # Inference mode is faster, but autocast keeps no casts of weights in it: each would be cast anew at every step.
+    with torch.no_grad() if torch.is_autocast_enabled(device.type) else torch.inference_mode():
+        for first in range(0, len(prompts), chunk):
+            part = range(first, min(first + chunk, len(prompts)))
+            more = num_samples, uniforms, on_rows, block_size or len(part)
+            _decode(model, prompts, part, settings, *more, completions)
     return completions
 
 
