@@ -6,17 +6,20 @@ TRL imports the Hugging Face package `datasets`, whose name datasets.py has here
 
     python -m venv TRL && TRL/bin/pip install torch==2.13.0 trl==1.16.0 peft==0.21.2
 
-The two take turns. Each run trains the embedded model in its own process with the default config and a constant
-learning rate, on the same prompts in the same order. Neither evaluates or saves meanwhile. TRL runs in fp32 without
-gradient checkpointing, as this project does. --trl-micro-batch is the number of completions of which TRL computes
-gradients at once: set it to the value with which TRL is fastest.
+The two take turns. Each run trains in its own process with the same config and a constant learning rate, on the same
+prompts in the same order. Neither evaluates or saves meanwhile. TRL runs in the config's dtype without gradient
+checkpointing, as this project does. --trl-micro-batch is the number of completions of which TRL computes gradients at
+once: set it to the value with which TRL is fastest. A real model, with few-shot examples:
+
+    python benchmarks/grpo_against_trl.py --trl-python TRL/bin/python --steps 3 --rounds 2 --trl-micro-batch 16 \
+        --config recipes/grpo_math_expr_smollm2.yml model=FOLDER dtype=float32
 
 One difference is deliberate: this project leaves groups with equal rewards out of the update, as they have no gradient.
 TRL computes on all of them. The output has the share of these groups.
 
 A step's seconds run from its start to the start of the next one, logging included, without the first step. Rollout is
 `model.generate` and the code around it in TRL, and the rollout phase here. Memory is the resident size of the process.
-Both final adapters answer the same 512 held-out problems greedily. Without --trl-python, only this project is measured.
+Both final adapters answer the same held-out problems greedily. Without --trl-python, only this project is measured.
 """
 
 import argparse
@@ -69,7 +72,7 @@ def train_with_trl(folder, config, micro_batch):
             return result
 
     trainer = TimedTrainer(
-        model=AutoModelForCausalLM.from_pretrained(config["model"], dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(config["model"], dtype=getattr(torch, config["dtype"])),
         processing_class=tokenizer,
         reward_funcs=[REWARDS[name] for name in config["rewards"]],
         train_dataset=Dataset.from_list([{key: p[key] for key in ("prompt", "answer")} for p in problems]),
@@ -80,12 +83,13 @@ def train_with_trl(folder, config, micro_batch):
         args=GRPOConfig(
             output_dir=str(folder / "trl"),
             use_cpu=True,
-            bf16=False,
+            bf16=config["dtype"] == "bfloat16",
             gradient_checkpointing=False,
             per_device_train_batch_size=micro_batch,
             gradient_accumulation_steps=config["prompts_per_step"] * config["group_size"] // micro_batch,
             num_generations=config["group_size"],
             max_completion_length=config["max_new_tokens"],
+            temperature=config["temperature"],
             max_steps=config["num_steps"],
             shuffle_dataset=False,
             beta=config["kl_weight"],
@@ -136,18 +140,14 @@ def train_here(folder, config):
 # --- Both in turn -----------------------------------------------------------------------------------------------------
 
 
-def run(way, python, num_steps, seed, micro_batch):
+def run(way, python, config, micro_batch):
     """Train in a process of its own. Returns what it measured, and the accuracy of its adapter."""
     import utils
-    from grpo_train import GRPOConfig
 
-    config = {"model": str(ROOT / "tiny_model"), "device": "cpu", "lr_schedule": "constant", "warmup_steps": 0}
-    config |= {"num_steps": num_steps, "eval_every": num_steps, "checkpoint_every": num_steps, "seed": seed}
-    config = GRPOConfig(**config)
-    setup = utils.set_up(config, "float32")
+    setup, num_steps = utils.set_up(config, "float32"), config.num_steps
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        problems = utils.draw_problems(setup.train_set, 0, num_steps * config.prompts_per_step, seed)
+        problems = utils.draw_problems(setup.train_set, 0, num_steps * config.prompts_per_step, config.seed)
         rows = [{"prompt": setup.tokenizer.decode(p.ids), "answer": p.item["answer"], "ids": p.ids} for p in problems]
         (folder / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
         (folder / "config.json").write_text(config.model_dump_json())
@@ -195,6 +195,8 @@ def main():
     parser.add_argument("--steps", type=int, default=30, help="steps of each run, at least 3 (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each, with seeds 0, 1, ... (%(default)s)")
     parser.add_argument("--trl-micro-batch", type=int, default=64, help="completions per backward pass (%(default)s)")
+    parser.add_argument("--config", default=str(ROOT / "grpo_config.yml"), help="the config of both (%(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the config")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -211,6 +213,17 @@ def main():
     import torch
     import transformers
 
+    from grpo_train import GRPOConfig
+    from utils import load_config
+
+    steps, constant = (
+        arguments.steps,
+        ["device=cpu", "lr_schedule=constant", "warmup_steps=0", "scale_advantages=group"],
+    )
+    ends = [f"{key}={steps}" for key in ("num_steps", "eval_every", "checkpoint_every")]
+    config = load_config(GRPOConfig, arguments.config, [*arguments.overrides, *constant, *ends])
+    model = ROOT / config.model if (ROOT / config.model).is_dir() else config.model  # the runs have other folders
+    config = config.model_copy(update={"model": str(model)})
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}")
     pythons = {"here": sys.executable}
     if arguments.trl_python:  # not resolved: an environment's python is a link, and the target has other packages
@@ -218,7 +231,7 @@ def main():
     results = {way: [] for way in pythons}
     for seed in range(arguments.rounds):
         for way, python in pythons.items():
-            results[way].append(run(way, python, arguments.steps, seed, arguments.trl_micro_batch))
+            results[way].append(run(way, python, config.model_copy(update={"seed": seed}), arguments.trl_micro_batch))
     report(results)
 
 
