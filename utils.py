@@ -224,10 +224,11 @@ def set_up(config, weights_dtype, autocast=False, **settings):
 
 def check_problems(problems, model, tokenizer, config):
     """UserError if the model cannot read the prompts; a warning for reference answers that are no values."""
-    longest = max(len(problem.ids) for problem in problems)
+    longest = max(problems, key=lambda problem: len(problem.ids))
     limit = getattr(inner_model(model).config.get_text_config(), "max_position_embeddings", None)
-    if limit and longest + config.max_new_tokens > limit:
-        too_long = f"a prompt of {longest} tokens and its completion exceed the model's {limit} positions"
+    if limit and len(longest.ids) + config.max_new_tokens > limit:
+        prompt = f"a prompt of {len(longest.ids)} tokens, {one_line(longest.item['prompt'])[:60]!r},"
+        too_long = f"{prompt} and its completion exceed the model's {limit} positions"
         raise UserError(f"max_new_tokens: {config.max_new_tokens}: {too_long}")
     size, largest = model.get_input_embeddings().num_embeddings, max(max(problem.ids) for problem in problems)
     if largest >= size:

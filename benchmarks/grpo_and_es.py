@@ -3,12 +3,11 @@
     pip install matplotlib==3.11.2
     python benchmarks/grpo_and_es.py LOGS
     python benchmarks/grpo_and_es.py LOGS --steps 6 --seeds 1 --results /tmp        # a quick try
-    python benchmarks/grpo_and_es.py LOGS --smollm2 HuggingFaceTB/SmolLM2-135M-Instruct --seeds 2
 
 Run each script with its default config for 60 steps, ES also with `gaussian` noise for 40 steps, with three seeds each,
-one run at a time, evaluating every 5 steps; with --smollm2, the recipes for that model instead. A run that is complete
-in LOGS is not repeated: use a new folder after a change of the code. Write grpo_and_es.png and grpo_and_es.md, or
-real_model.png and real_model_runs.md. Time is `progress/seconds`, the time of training without start-up and evaluation.
+one run at a time, evaluating every 5 steps. A run that is complete in LOGS is not repeated: use a new folder after a
+change of the code. Write grpo_and_es.png and grpo_and_es.md. Time is `progress/seconds`, the time of training without
+start-up and evaluation.
 """
 
 import argparse
@@ -23,26 +22,22 @@ import torch
 import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).resolve().parent.parent
-WAYS = {  # script, most steps, arguments, color
-    "GRPO": ("grpo_train.py", 60, "eval_every=5 num_steps={}", "#4269d0"),
-    "ES, low_rank": ("es_train.py", 60, "eval_every=5 num_iterations={} perturbation=low_rank", "#d1495b"),
-    "ES, gaussian": ("es_train.py", 40, "eval_every=5 num_iterations={} perturbation=gaussian", "#3a7d44"),
-}
-SMOLLM2 = {
-    "GRPO": ("grpo_train.py", 60, "--config recipes/grpo_math_expr_smollm2.yml num_steps={}", "#4269d0"),
-    "ES": ("es_train.py", 60, "--config recipes/es_math_expr_smollm2.yml num_iterations={}", "#d1495b"),
+ROOT, TARGET = Path(__file__).resolve().parent.parent, 0.9
+WAYS = {  # script, most steps, overrides, color
+    "GRPO": ("grpo_train.py", 60, "num_steps={}", "#4269d0"),
+    "ES, low_rank": ("es_train.py", 60, "num_iterations={} perturbation=low_rank", "#d1495b"),
+    "ES, gaussian": ("es_train.py", 40, "num_iterations={} perturbation=gaussian", "#3a7d44"),
 }
 
 
-def train(name, way, seed, num_steps, logs, model):
+def train(way, seed, num_steps, logs):
     """Run one way with one seed, if `logs` does not have the run. Returns its folder."""
-    script, most_steps, arguments, _ = way
-    folder = logs / f"{name.replace(', ', '-')}-{seed}"
+    script, most_steps, overrides, _ = WAYS[way]
+    folder = logs / f"{way.replace(', ', '-')}-{seed}"
     if not (folder / "model").exists():
-        print(f"{name}, seed {seed}", flush=True)
-        overrides = arguments.format(min(num_steps, most_steps)).split() + ([f"model={model}"] if model else [])
-        overrides += [f"seed={seed}", f"log_dir={logs}", f"run_name={folder.name}"]
+        print(f"{way}, seed {seed}", flush=True)
+        overrides = overrides.format(min(num_steps, most_steps)).split()
+        overrides += [f"seed={seed}", "eval_every=5", f"log_dir={logs}", f"run_name={folder.name}"]
         subprocess.run([sys.executable, script, *overrides], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return folder
 
@@ -56,9 +51,9 @@ def read_curve(folder):
     return dict(zip(("step", "seconds", "tokens", "accuracy"), map(list, zip(*rows, strict=True)), strict=True))
 
 
-def cells(curves, target):
+def cells(curves):
     """The row of the table that describes all runs of one way."""
-    first = [next((i for i, y in enumerate(curve["accuracy"]) if y >= target), None) for curve in curves]
+    first = [next((i for i, y in enumerate(curve["accuracy"]) if y >= TARGET), None) for curve in curves]
     final = [curve["accuracy"][-1] for curve in curves]
     if None in first:
         yield from ["not reached"] * 3
@@ -72,7 +67,7 @@ def cells(curves, target):
     yield f"{min(later):.1%}" if later else ""
 
 
-def draw(curves, ways, path):
+def draw(curves, path):
     """Median and range over seeds. All runs of a way evaluate at the same steps."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
     labels = {"seconds": f"seconds of training, {torch.get_num_threads()} threads", "tokens": "generated tokens"}
@@ -80,7 +75,7 @@ def draw(curves, ways, path):
         for way, runs in curves.items():
             x = [statistics.median(values) for values in zip(*(run[key] for run in runs), strict=True)]
             y = list(zip(*(run["accuracy"] for run in runs), strict=True))
-            color = ways[way][-1]
+            color = WAYS[way][-1]
             axis.plot(x, list(map(statistics.median, y)), color=color, label=way, marker="o", markersize=3)
             axis.fill_between(x, list(map(min, y)), list(map(max, y)), color=color, alpha=0.2, linewidth=0)
         axis.set_xlabel(label)
@@ -97,25 +92,21 @@ def main():
     parser.add_argument("logs", type=Path, help="folder for the runs")
     parser.add_argument("--steps", type=int, default=60, help="at most so many in each run (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each way, with seeds 0, 1, ... (%(default)s)")
-    parser.add_argument("--smollm2", metavar="MODEL", help="run the recipes for SmolLM2 with this folder or hub name")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder to write to (%(default)s)")
     arguments = parser.parse_args()
-    logs, seeds, model = arguments.logs.resolve(), range(arguments.seeds), arguments.smollm2
-    ways, target, stem = (SMOLLM2, 0.4, "real_model") if model else (WAYS, 0.9, "grpo_and_es")
-    more = arguments.steps, logs, model
-    curves = {name: [read_curve(train(name, way, seed, *more)) for seed in seeds] for name, way in ways.items()}
+    logs, seeds = arguments.logs.resolve(), range(arguments.seeds)
+    curves = {way: [read_curve(train(way, seed, arguments.steps, logs)) for seed in seeds] for way in WAYS}
     matplotlib.use("Agg")
-    draw(curves, ways, arguments.results / f"{stem}.png")
+    draw(curves, arguments.results / "grpo_and_es.png")
     columns = (
-        f"steps to {target:.0%} | training time | tokens generated | at the end, mean | minimum after {target:.0%}"
+        f"steps to {TARGET:.0%} | training time | tokens generated | at the end, mean | minimum after {TARGET:.0%}"
     )
-    rows = [f"| {way} | {' | '.join(cells(runs, target))} |" for way, runs in curves.items()]
+    rows = [f"| {way} | {' | '.join(cells(runs))} |" for way, runs in curves.items()]
     table = "\n".join([f"| | {columns} |", "|---|---|---|---|---|---|", *rows])
     about = f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}; "
     about += f"over {len(seeds)} seeds: median (range), mean (range), minimum"
-    title = "SmolLM2 on integer expressions" if model else "GRPO and ES on the default task"
-    text = f"# {title}\n\n{__doc__.splitlines()[0]}\n\n{table}\n\n{about}\n"
-    (arguments.results / ("real_model_runs.md" if model else "grpo_and_es.md")).write_text(text)
+    text = f"# GRPO and ES on the default task\n\n{__doc__.splitlines()[0]}\n\n{table}\n\n{about}\n"
+    (arguments.results / "grpo_and_es.md").write_text(text)
     print(text)
 
 

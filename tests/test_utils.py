@@ -205,7 +205,7 @@ def test_prompt_too_long_for_the_model_is_named():
     longest = max(len(problem.ids) for problem in set_up(1).train_set + set_up(1).test_set)
     room = 512 - longest
     set_up(room)
-    message = f"max_new_tokens: {room + 1}: a prompt of {longest} tokens and .* exceed the model's 512 positions"
+    message = f"max_new_tokens: {room + 1}: a prompt of {longest} tokens, '.+', and .* exceed the model's 512 positions"
     with pytest.raises(UserError, match=message):
         set_up(room + 1)
 
