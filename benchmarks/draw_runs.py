@@ -15,17 +15,18 @@ from grpo_and_es import read_curve
 
 matplotlib.use("Agg")
 path, *runs = sys.argv[1:]
-figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
 for run in runs:
     folder, _, label = run.partition("=")
     curve = read_curve(folder)
     axes[0].plot([seconds / 60 for seconds in curve["seconds"]], curve["accuracy"], marker="o", markersize=3)
-    axes[1].plot(curve["tokens"], curve["accuracy"], marker="o", markersize=3, label=label or Path(folder).name)
-for axis, label in zip(axes, ("minutes of training", "generated tokens"), strict=True):
+    thousands = [tokens / 1000 for tokens in curve["tokens"]]
+    axes[1].plot(thousands, curve["accuracy"], marker="o", markersize=3, label=label or Path(folder).name)
+for axis, label in zip(axes, ("minutes of training", "thousands of generated tokens"), strict=True):
     axis.set_xlabel(label)
     axis.grid(alpha=0.3)
 axes[0].set_ylabel("strict accuracy, held-out problems")
 axes[0].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
 axes[0].set_ylim(bottom=0)
-axes[1].legend(loc="lower right", fontsize="small")
+figure.legend(loc="outside lower center", ncols=2)
 figure.savefig(path, dpi=150)
