@@ -17,7 +17,7 @@ from conftest import ROOT, TINY, make_model, random_prompts, settings
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 import utils
 from es_train import ESConfig
@@ -349,6 +349,7 @@ def test_token_that_ends_a_turn_stops_a_row_and_odd_special_tokens_are_named_or_
         tokenizer.add_tokens([f"<|{i}|>" for i in range(100)])  # more than the model has embeddings for
         tokenizer.add_special_tokens(tokens)
         tokenizer.save_pretrained(tmp_path / "model")
+        GenerationConfig(eos_token_id=tokenizer.eos_token_id).save_pretrained(tmp_path / "model")
         return GRPOConfig(model=str(tmp_path / "model"), dataset_args={"size": 20}, device="cpu", max_new_tokens=8)
 
     end = load_tokenizer(TINY).convert_tokens_to_ids("<|end|>")
