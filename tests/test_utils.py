@@ -383,11 +383,13 @@ def test_model_that_the_decode_loop_cannot_serve_is_named(tmp_path, name):
         load_model(str(tmp_path), "float32", "cpu")
 
 
-def test_model_without_sdpa_decodes_with_eager_attention(tmp_path, capsys):
-    config = transformers.Gemma2Config(**SIZE | HEADS | {"head_dim": 8, "initializer_range": 0.2})
-    transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+@pytest.mark.parametrize("name", ["Gemma2", "Llama"])  # with and without sliding windows
+def test_model_without_sdpa_decodes_with_eager_attention(tmp_path, capsys, monkeypatch, name):
+    config = getattr(transformers, f"{name}Config")(**SIZE | HEADS | {"head_dim": 8, "initializer_range": 0.2})
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_supports_sdpa", False)
+    getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(tmp_path)
     model = load_model(str(tmp_path), "float32", "cpu")
-    assert "Gemma2ForCausalLM has no SDPA attention: eager attention is used" in capsys.readouterr().out
+    assert f"{name}ForCausalLM has no SDPA attention: eager attention is used" in capsys.readouterr().out
     prompts = random_prompts([3, 9])
     completions = generate(model, prompts, settings(8, [1]))
     for prompt, tokens, mask, log_probs in zip(
