@@ -142,7 +142,8 @@ def test_recipe_trains_the_embedded_model_and_its_suggested_models_load(recipe, 
         problems = [{"question": f"What is {i} plus 2?", "answer": f"It is {i}+2.\n#### {i + 2}"} for i in range(9)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, problems)))
     sizes = f"{script.num_steps}=2 eval_size=4 max_new_tokens=16 device=cpu"
-    sizes += {"grpo": " prompts_per_step=4 warmup_steps=1", "es": " prompts_per_iteration=4 population_size=4"}[script.key]
+    more = {"grpo": " prompts_per_step=4 warmup_steps=1", "es": " prompts_per_iteration=4 population_size=4"}
+    sizes += more[script.key]
     where = [f"model={TINY}", f"log_dir={tmp_path}", "run_name=run"]
     where += [f"dataset_args={{path: {tmp_path}}}"] if "gsm8k" in recipe.stem else []
     script.module.main(load_config(script.config_class, recipe, [*sizes.split(), *where]))
