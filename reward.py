@@ -53,7 +53,7 @@ _SPELLINGS = [
     (re.compile(r" *(?:×|\\times) *10 *\^ *\{?(-?[0-9]{1,3})\}?"), r"e\1"),
     (re.compile(r"\^\{([0-9]{1,9})\}"), r"^\1"),
     (re.compile(r"\\[()\[\]]"), "$"),
-    (re.compile(r"\\cdot"), "*"),
+    (re.compile(r"\\cdot|\\times|\\div|[×÷·]"), "*"),  # expressions, which are not worked out
 ]
 _WRAPPERS = [
     ("**", "**"),
@@ -174,8 +174,8 @@ def values_in(text):
     found = []
     for run in _RUN.findall(text.replace("\\", "|")):
         run = run.lstrip(" ,+*/)").rstrip(" .,+*/^$(-")
-        if not any(c.isdigit() or c in "xX" for c in run) or run.startswith("^"):
-            continue  # no value, or the exponent of a unit
+        if not any(map(str.isdigit, run)) or run.startswith("^"):
+            continue  # no number, or the exponent of a unit
         if parse_value(run) is not None:
             found.append(run)
         elif not re.search(r"[0-9xX)] *[-+*/^xX] *[0-9xX(]|[xX)] *[(]", run):

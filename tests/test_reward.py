@@ -283,6 +283,7 @@ FINAL = [
     *[(r"so \boxed{5}, not 7", "5", True), ("The answer is 42 because 6*7=42 and 3.", "42", True)],
     *[("**Answer:** 42, as above", "42", True), ("2 2/3", "8/3", True), ("2 2/3", "2/3", False)],
     *[("The area is 25 cm^2.", "25", True), ("1.5e3", "1500", True), (".75", "3/4", True), ("- 42", "42", True)],
+    *[("3 × 4", "4", False), ("The answer is 3 × 4 = 12.", "12", True), ("The answer is x = 5.", "5", True)],
     *[("1. First 3.\n2. Then 7", "7", True), ("10 - 5", "5", False), ("10-5 = 5", "5", True), ("14/2", "7", False)],
     *[("3 x 4", "4", False), ("12, 13, 14", "14", True), ("24 or 25", "24", False), ("Answer: 24 or 25", "24", False)],
     *[("<answer>24 or 25</answer>", "25", False), (r"so \frac{3}{4}.", "0.75", True), ("it is -7", "7", False)],
