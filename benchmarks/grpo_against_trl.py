@@ -216,12 +216,9 @@ def main():
     from grpo_train import GRPOConfig
     from utils import load_config
 
-    steps, constant = (
-        arguments.steps,
-        ["device=cpu", "lr_schedule=constant", "warmup_steps=0", "scale_advantages=group"],
-    )
-    ends = [f"{key}={steps}" for key in ("num_steps", "eval_every", "checkpoint_every")]
-    config = load_config(GRPOConfig, arguments.config, [*arguments.overrides, *constant, *ends])
+    same = ["device=cpu", "lr_schedule=constant", "warmup_steps=0", "scale_advantages=group"]
+    same += [f"{key}={arguments.steps}" for key in ("num_steps", "eval_every", "checkpoint_every")]
+    config = load_config(GRPOConfig, arguments.config, [*arguments.overrides, *same])
     model = ROOT / config.model if (ROOT / config.model).is_dir() else config.model  # the runs have other folders
     config = config.model_copy(update={"model": str(model)})
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}")
