@@ -49,22 +49,15 @@ _SPELLINGS = [
     (re.compile("[−–‐‑]"), "-"),
     (re.compile(r"\\(?:left|right|displaystyle|[,!;: ])|\\(?=[$%])"), ""),
     (re.compile(r"(?<=[0-9])\{,\}(?=[0-9])"), ","),
-    (re.compile(r"\\[dt]?frac *\{ *(-?[0-9]{1,50}) *\} *\{ *([0-9]{1,50}) *\}"), r" \1/\2"),
-    (re.compile(r" *(?:×|\\times) *10 *\^ *\{?(-?[0-9]{1,3})\}?"), r"e\1"),
+    (re.compile(r"\\[dt]?frac *(?:\{ *(-?[0-9]{1,50}) *\}|([0-9])) *(?:\{ *([0-9]{1,50}) *\}|([0-9]))"), r" \1\2/\3\4"),
+    (re.compile(r"(?:√|\\sqrt) *(?:\{[^{}]{0,50}\}|[0-9]*)|π|\\pi"), "(x)(x)"),  # a number, but not one that is read
+    (re.compile(r"\\[dt]?frac *\{[^{}]{0,50}\} *\{[^{}]{0,50}\}"), "(x)(x)"),
+    (re.compile(r"(?<=[0-9]) *(?:×|\\times) *10 *\^ *\{?(-?[0-9]{1,3})\}?"), r"e\1"),
     (re.compile(r"\^\{([0-9]{1,9})\}"), r"^\1"),
     (re.compile(r"\\[()\[\]]"), "$"),
     (re.compile(r"\\cdot|\\times|\\div|[×÷·]"), "*"),  # expressions, which are not worked out
 ]
-_WRAPPERS = [
-    ("**", "**"),
-    ("__", "__"),
-    ("$$", "$$"),
-    ("$", "$"),
-    ("`", "`"),
-    ("*", "*"),
-    ("\\boxed{", "}"),
-    ("(", ")"),
-]
+_WRAPPERS = {"**": "**", "__": "__", "$$": "$$", "$": "$", "`": "`", "*": "*", "\\boxed{": "}", "(": ")"}
 _ASSIGNMENT = re.compile(r"[A-Za-z] *= *([^=]+)")
 
 
@@ -80,7 +73,7 @@ def unwrapped(text):
     before = None
     while text != before:
         before = text = text.strip().removesuffix(".").strip()
-        for opening, closing in _WRAPPERS:
+        for opening, closing in _WRAPPERS.items():
             inside = text[len(opening) : len(text) - len(closing)]
             if not inside or not text.startswith(opening) or not text.endswith(closing):
                 continue
@@ -162,17 +155,19 @@ def parse_value(text):
 # Runs of characters that values are written with; words, = and everything else separate them.
 _RUN = re.compile(r"[0-9eExX^*+\-./,$% ()]+")
 _WORD = re.compile(r"((?<=[0-9])[eE](?=[+-]?[0-9]))|[A-Za-z]+")  # the e of 1.5e3 belongs to a number
-_BULLET = re.compile(r"^[ \t]*(?:[-*•]|[0-9]{1,3}[.)])[ \t]+(?=\S)", re.MULTILINE)
-_LIST = re.compile(r"[,;] +| +(?=[-$.]?[0-9])")
+_BULLET = re.compile(r"(?<=\n)[ \t]*(?:[-*•]|[0-9]{1,3}[.)])[ \t]+(?=\S)")
+_LIST = re.compile(r"(?<=\S) +(?=[-$.]?[0-9])")
 _MARKERS = ("answer is", "answer:")
 
 
 def values_in(text):
-    """The values written in a text, in order, as text. An expression that is still to be worked out has none."""
+    """The values written in a text, in order, as text. An expression that is still to be worked out has none. A "- " or
+    "1. " after a line break is a bullet."""
     text = re.sub(r"\.{2,}", " ", plain_spelling(_BULLET.sub("", text)))
     text = _WORD.sub(lambda match: match[0] if match[1] or match[0] in "xX" else "|", text)
     found = []
-    for run in _RUN.findall(text.replace("\\", "|")):
+    runs = [part for run in _RUN.findall(text.replace("\\", "|")) for part in re.split("[,.] +", run)]
+    for run in runs:
         run = run.lstrip(" ,+*/)").rstrip(" .,+*/^$(-")
         if not any(map(str.isdigit, run)) or run.startswith("^"):
             continue  # no number, or the exponent of a unit
@@ -198,11 +193,9 @@ def lenient_answer(text):
     if end >= 0:
         return single_value(text[start + len("\\boxed{") : end])
     lowered = text.lower()
-    start = text.rfind("####") if "####" in text else max(lowered.rfind(marker) for marker in _MARKERS)
-    if start >= 0 and len(lowered) == len(text):
-        after = text[start:][:MAX_ANSWER_CHARS].lower().removeprefix("####")
-        for marker in _MARKERS:
-            after = after.removeprefix(marker)
+    marker = "####" if "####" in lowered else max(_MARKERS, key=lowered.rfind)
+    if marker in lowered:
+        after = _BULLET.sub("", lowered.rpartition(marker)[2][:MAX_ANSWER_CHARS])
         sentence = re.split(r"\.\s|\n", after.strip(" :*\n"), maxsplit=1)[0]
         values = values_in(sentence)
         is_choice = len(values) > 1 and re.match(r"\W{0,3}(or|and)\W", sentence.partition(values[0])[2])
@@ -211,7 +204,7 @@ def lenient_answer(text):
     tail = text[-MAX_TAIL_CHARS:]
     if len(tail) < len(text):  # what the cut went through is no value of the text
         tail = tail.lstrip("0123456789xX^*+-−./,$% ")
-    values = values_in(tail)
+    values = values_in("\n" + tail)
     return values[-1] if values else None
 
 
@@ -292,7 +285,7 @@ def find_reward(name):
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"rewards: {name!r}: {module_name} has no function {function_name}")
-    if inspect.iscoroutinefunction(function):
+    if any(map(inspect.iscoroutinefunction, (function, function.__call__))):
         raise UserError(f"rewards: {name!r}: async functions are not supported")
     return function
 

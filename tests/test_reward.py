@@ -150,7 +150,7 @@ def assert_scored_in_10_ms(text, reference):
         assert min(seconds) < 0.01
 
 
-REPEATED = ["(", "1", "-", "1 ", "1,", "1.", "1/", "x^", "+x", "−**X"]
+REPEATED = [" ", "\n ", "\\frac", "\\sqrt{", "(", "1", "-", "1 ", "1,", "1.", "1/", "x^", "+x", "−**X"]
 HOSTILE = {f"{text} repeated": text * (400_000 // len(text)) for text in REPEATED}
 HOSTILE |= {text: text for text in ("9**9**9", "__import__('os').system('true')")}
 HOSTILE |= {"nested": "(" * 200_000 + ")" * 200_000, "tags": "<answer>" * 100_000, "long": "1" * 10_000_000}
@@ -255,7 +255,7 @@ TYPESET = [
     ],
     *[(text, "-5", True) for text in ("(-5)", "x = -5", "−5", r"\boxed{-5}", "$x = -5$")],
     *[(text, "1500", True) for text in ("1.5e3", "1,500", r"1{,}500", r"1.5 \times 10^3", "$1,500", "1500%")],
-    *[(text, "1/2", True) for text in (r"\frac{1}{2}", r"\dfrac{1}{2}", "0.5", ".5", "5e-1")],
+    *[(text, "1/2", True) for text in (r"\frac{1}{2}", r"\dfrac12", "0.5", ".5", "5e-1")],
     *[(text, "1 1/4", True) for text in ("1 1/4", "1.25", r"1\frac{1}{4}", "5/4")],
     *[(text, "x^2-1", True) for text in ("x^{2} - 1", "f = x^2-1", "(x^2-1)")],
     *[("24 or 25", reference, False) for reference in ("24", "25")],
@@ -287,7 +287,16 @@ FINAL = [
     *[("1. First 3.\n2. Then 7", "7", True), ("10 - 5", "5", False), ("10-5 = 5", "5", True), ("14/2", "7", False)],
     *[("3 x 4", "4", False), ("12, 13, 14", "14", True), ("24 or 25", "24", False), ("Answer: 24 or 25", "24", False)],
     *[("<answer>24 or 25</answer>", "25", False), (r"so \frac{3}{4}.", "0.75", True), ("it is -7", "7", False)],
-    *[("it is 1,250", "250", False), (r"\boxed{42", "4", False), ("so x^2 - 3x + 2.", "x^2-3x+2", True)],
+    *[
+        ("it is 1,250", "250", False),
+        (r"\boxed{42", "4", False),
+        ("so x^2 - 3x + 2.", "x^2-3x+2", True),
+        ("İ #### 42, not 7.", "42", True),
+    ],
+    *[(f"{marker} - 5", "-5", True) for marker in ("The answer is", "####")],  # a minus, no bullet
+    *[("The answer is:\n- 5", "5", True), ("The answer is 42, 6*7.", "42", True), ("1/2, 3/4", "3/4", True)],
+    ("İ #### 42, not 7.", "42", True),
+    *[(rf"\boxed{{{root}}}", "2", False) for root in (r"\sqrt{2}", r"2\sqrt3", "√2", r"2\pi", r"\frac{\sqrt{3}}{2}")],
 ]
 
 
@@ -316,10 +325,15 @@ def test_values_of_numpy_torch_and_none_are_read_and_no_function_changes_what_ot
         "    return [None, numpy.float32(5)]\n"
         "async def later(**columns):\n"
         "    return []\n"
+        "class Later:\n"
+        "    async def __call__(self, **columns):\n"
+        "        return []\n"
+        "judge = Later()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     items = [{"prompt": "p", "answer": "7"}] * 2
     rows = score({"kinds:array": 1.0, "kinds:tensor": 10.0, "kinds:mixed": 100.0}, ["a", "b"], items)
     assert [row["reward"] for row in rows] == [31.0, 542.0]
-    with pytest.raises(UserError, match="rewards: 'kinds:later': async functions are not supported"):
-        find_reward("kinds:later")
+    for name in ("kinds:later", "kinds:judge"):
+        with pytest.raises(UserError, match=f"rewards: '{name}': async functions are not supported"):
+            find_reward(name)
