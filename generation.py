@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer
 class Completions:
     """Completions of B rows, prompt by prompt: rows p*G to p*G+G-1 belong to prompt p."""
 
-    tokens: torch.Tensor  # (B, max_new_tokens) ids as sampled, padded
+    tokens: torch.Tensor  # (B, max_new_tokens) ids as sampled, then zeros
     mask: torch.Tensor  # (B, max_new_tokens) bool: the completion, its end token included, nothing after it
     log_probs: torch.Tensor  # (B, max_new_tokens) fp32: the sampler's, 0 where the mask is False
     truncated: torch.Tensor  # (B,) bool: cut at max_new_tokens, without an end token
@@ -39,6 +39,13 @@ def new_cache(network):
     """An empty key-value cache, and True if it keeps all positions (a sliding window does not)."""
     cache = DynamicCache(config=network.config)
     return cache, all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def shares_prompts(network):
+    """True if `completion_log_probs` computes the prompt of several rows once. Not with gradient checkpointing, which
+    transformers does only without a cache, and not with sliding windows, which count padding."""
+    checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+    return not checkpoints and new_cache(network)[1]
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -58,8 +65,8 @@ class PreallocatedLayer(DynamicLayer):
             B, H, T, D = x.shape
             # Zeros, since masked slots are read before they are written: anything else might be NaN. In autocast's
             # dtype, to which attention would otherwise cast them at every step.
-            device, dtype = x.device.type, x.dtype
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+            device = x.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
             buffer = x.new_zeros(B * repeats, H, self.num_slots, D, dtype=dtype)
             buffer[:, :, :T].unflatten(0, (B, repeats)).copy_(x[:, None])
             self.buffers.append(buffer)
@@ -113,7 +120,6 @@ class DecodeSettings:
 
     max_new_tokens: int
     stop_ids: list[int]  # tokens that end a completion; the model's generation_config is not read otherwise
-    pad_id: int
     temperature: float = 1.0  # of sampling; without `uniforms`, decoding is greedy
     batch_size: int = 256  # completions decoded at once, but at least those of one prompt, or one block of prompts
     cuda_graphs: bool = True  # on a GPU, replay decode steps from a CUDA graph
@@ -134,7 +140,7 @@ def generate(model, prompts, settings, num_samples=1, uniforms=None, on_rows=Non
     on_rows = on_rows or (lambda prompt_of_row: None)
     device, size = model.device, (len(prompts) * num_samples, settings.max_new_tokens)
     completions = Completions(
-        tokens=torch.full(size, settings.pad_id, device=device),
+        tokens=torch.zeros(size, dtype=torch.long, device=device),
         mask=torch.zeros(size, dtype=torch.bool, device=device),
         log_probs=torch.zeros(size, device=device),
         truncated=torch.ones(size[0], dtype=torch.bool, device=device),
@@ -151,15 +157,15 @@ def generate(model, prompts, settings, num_samples=1, uniforms=None, on_rows=Non
     return completions
 
 
-def _lay_out(prompts, shared, settings):
+def _lay_out(prompts, shared, max_new_tokens):
     """Cache slots of each row: the `shared` beginning of all prompts, padding, the rest of its prompt, its completion.
 
     Returns ids (P, L) of the prompts, L the longest one's length, and attention_mask (P, S): S slots, a multiple of 8,
     as GPUs would otherwise pad the mask in every layer.
     """
     longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), settings.pad_id)
-    num_slots = math.ceil((longest + settings.max_new_tokens) / 8) * 8
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    num_slots = math.ceil((longest + max_new_tokens) / 8) * 8
     attention_mask = torch.ones(len(prompts), num_slots, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
         padding = longest - len(prompt)
@@ -177,7 +183,7 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
     shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
     if shared < MIN_SHARED or min(block_size, P) == 1 or not keeps_all:
         shared = 0
-    ids, attention_mask = (x.to(device) for x in _lay_out(prompts, shared, settings))
+    ids, attention_mask = (x.to(device) for x in _lay_out(prompts, shared, settings.max_new_tokens))
     longest = ids.shape[1]
     positions = (attention_mask[:, :longest].cumsum(-1) - 1).clamp(min=0)
     cursor = SimpleNamespace(slot=torch.full((1,), longest, device=device), end=longest)
@@ -215,7 +221,7 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
         noise = None if uniforms is None else uniforms[rows, column]
         token, log_prob = sample(logits, noise, settings.temperature)
         running = out.truncated[rows]
-        out.tokens[rows, column] = torch.where(running, token, settings.pad_id)
+        out.tokens[rows, column] = torch.where(running, token, 0)
         out.log_probs[rows, column] = torch.where(running, log_prob, 0.0)
         out.mask[rows, column] = running
         out.truncated[rows] = running & (token[:, None] != stop_ids).all(1)
@@ -319,12 +325,8 @@ def _states_before(network, ids, completion_mask):
     """The last hidden state at the position before each completion token, (N, D), row by row.
 
     A prompt, without its last token, is computed once for all rows that have it, where that spares enough positions.
-    Completions attend to its keys and values, and gradients flow back through these. Not with gradient checkpointing,
-    which transformers does only without a cache, and not with sliding windows, which count padding.
+    Completions attend to its keys and values, and gradients flow back through these. See `shares_prompts`.
     """
-
-    cache, keeps_all = new_cache(network)
-    checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
     last, lengths = completion_mask.int().argmax(1) - 1, completion_mask.sum(1)  # (B,)
     L = max(1, int(last.max()))  # length of the longest prompt without its last token
     in_prompt = torch.arange(L, device=ids.device) < last[:, None]
@@ -332,10 +334,11 @@ def _states_before(network, ids, completion_mask):
     offsets = torch.arange(int(lengths.max()), device=ids.device)
     positions = last[:, None] + offsets  # (B, C) from a prompt's last position, which predicts a completion's first
     spared = 1 - (prompts.numel() + positions.numel()) / ids.numel()
-    if checkpoints or not keeps_all or not in_prompt.any() or spared < MIN_SPARED:
+    if not shares_prompts(network) or not in_prompt.any() or spared < MIN_SPARED:
         # Causal attention never sees the padding on the right: no mask and no position ids are needed.
         hidden = network.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
         return hidden[:, :-1][completion_mask[:, 1:]]
+    cache, _ = new_cache(network)
     network.base_model(input_ids=prompts.clamp(min=0), past_key_values=cache, use_cache=True)
     for layer in cache.layers:  # index_select, not keys[rows], whose backward pass sums in no fixed order
         layer.keys, layer.values = (x.index_select(0, prompt_of_row) for x in (layer.keys, layer.values))

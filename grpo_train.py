@@ -34,19 +34,17 @@ import copy
 import dataclasses
 import itertools
 import math
-import re
 from typing import Annotated, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from safetensors.torch import load_file, save_file
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 import utils
-from generation import completion_log_probs, generate, inner_model
+from generation import completion_log_probs, generate, inner_model, shares_prompts
 from reward import UserError
 from runs import Run, run_identity
 from utils import draw_problems, gather_scores, non_finite, schedule_factor, score_completions, share
@@ -159,15 +157,11 @@ def make_policy(model, lora, gradient_checkpointing):
     if isinstance(model, PeftModel):
         settings = model.peft_config["default"]
         own = LoRA(rank=settings.r, alpha=settings.lora_alpha, target_modules=sorted(settings.target_modules))
-        same_targets = lora and (
-            lora.target_modules == "all-linear" or sorted(lora.target_modules) == own.target_modules
-        )
-        if not same_targets or (lora.rank, lora.alpha) != (own.rank, own.alpha):
+        if lora is None or {**dict(lora), "target_modules": sorted(lora.target_modules)} != dict(own):
             raise UserError(f"lora: {lora}: expected {own}, as in the adapter that training starts from")
         model.add_adapter("reference", settings)
-        parameters = dict(model.named_parameters())
-        for name, parameter in parameters.items():
-            parameter.data.copy_(parameters[re.sub(r"\breference\b", "default", name)].data)
+        weights = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
+        set_peft_model_state_dict(model, weights, "reference")
         model.set_adapter("default")
     elif lora is not None:
         layers = {name: m for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
@@ -251,12 +245,12 @@ class MicroBatch:
     ref_log_probs: torch.Tensor | None = None  # (b, T), computed in the first update
 
 
-def make_micro_batches(prompts, completions, advantages, weights, token_budget, pad_id):
+def make_micro_batches(prompts, completions, advantages, weights, token_budget, shares_prompts):
     """Rows of weight > 0 in micro-batches of whole groups, so that each prompt is computed once; or of rows of similar
     length, where that computes fewer positions, as with short prompts and completions of very different lengths.
 
-    A micro-batch computes at most `token_budget` positions, padding included: its prompts, and the completions of its
-    rows. A group that is too large alone is split, down to single rows.
+    A micro-batch computes about `token_budget` positions at most, padding included: its prompts, once each if the model
+    `shares_prompts`, and the completions of its rows. A group that is too large alone is split, down to single rows.
     prompts: P lists of ids; completions, advantages (P * G,), weights (P * G,): of G rows for each prompt
     """
     G, lengths = len(weights) // len(prompts), completions.mask.sum(1).tolist()
@@ -264,16 +258,17 @@ def make_micro_batches(prompts, completions, advantages, weights, token_budget, 
     def prompt_of(row):
         return prompts[row // G]
 
+    def longest(rows):
+        return max(lengths[row] + (0 if shares_prompts else len(prompt_of(row))) for row in rows)
+
     def num_positions(rows):
-        longest_prompt, longest = max(len(prompt_of(row)) for row in rows), max(lengths[row] for row in rows)
-        return len({row // G for row in rows}) * longest_prompt + len(rows) * longest
+        longest_prompt = max(len(prompt_of(row)) for row in rows) if shares_prompts else 0
+        return len({row // G for row in rows}) * longest_prompt + len(rows) * longest(rows)
 
     def pack(groups):
         batches = [[]]
-        for group in sorted(groups, key=lambda rows: max(lengths[row] for row in rows), reverse=True):
-            most_rows = max(1, (token_budget - len(prompt_of(group[0]))) // max(lengths[row] for row in group))
-            for first in range(0, len(group), most_rows):
-                rows = group[first : first + most_rows]
+        for group in sorted(groups, key=longest, reverse=True):
+            for rows in [group] if num_positions(group) <= token_budget else [[row] for row in group]:
                 if batches[-1] and num_positions(batches[-1] + rows) > token_budget:
                     batches.append([])
                 batches[-1] += rows
@@ -287,7 +282,7 @@ def make_micro_batches(prompts, completions, advantages, weights, token_budget, 
     micro_batches = []
     for rows in batches:
         T = max(len(prompt_of(row)) + lengths[row] for row in rows)
-        ids = torch.full((len(rows), T), pad_id, device=weights.device)
+        ids = torch.zeros(len(rows), T, dtype=torch.long, device=weights.device)
         mask = torch.zeros(ids.shape, dtype=torch.bool, device=weights.device)
         sampler_log_probs = torch.zeros(ids.shape, device=weights.device)
         for i, row in enumerate(rows):
@@ -427,7 +422,7 @@ def train(config, setup, run, optimizer, frozen_copy=None):
         with run.phase("update"):
             prompts = [problem.ids for problem in problems]
             local = prompts, completions, advantages[mine].flatten(), loss_weights[mine].flatten()
-            batches = make_micro_batches(*local, config.micro_batch_tokens, setup.settings.pad_id)
+            batches = make_micro_batches(*local, config.micro_batch_tokens, shares_prompts(inner_model(policy)))
             for _ in range(K if loss_weights.any() else 0):
                 if not skipped:
                     losses, grad_norm, skipped = update(
@@ -460,8 +455,8 @@ def main(config):
     utils.check_chunked_head(setup.model)
     identity = run_identity(config, setup)  # of the model without a new adapter
     setup.model = policy = make_policy(setup.model, config.lora, config.gradient_checkpointing)
-    for module in policy.modules() if config.dtype == "bfloat16" else []:
-        if isinstance(module, BaseTunerLayer):
+    for module in policy.modules():
+        if config.dtype == "bfloat16" and hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False  # PEFT would cast to fp32 what autocast then casts back to bf16
     trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
     frozen_copy = copy.deepcopy(policy).requires_grad_(False) if config.lora is None and config.kl_weight else None

@@ -31,7 +31,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from jinja2 import TemplateError
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -213,13 +213,11 @@ def set_up(config, weights_dtype, autocast=False, **settings):
         for items in (list(train_items), test_items)
     )
     check_problems(train_set + test_set, model, tokenizer, config)
-    ends, pad_id = stop_ids(model, tokenizer), tokenizer.pad_token_id
+    ends = stop_ids(model, tokenizer)
     if not ends:
         raise UserError(f"model: {config.model!r}: neither its tokenizer nor its generation config names an end token")
-    # The padding token is a filler that nothing attends to, but it is looked up.
-    pad_id = pad_id if pad_id is not None and pad_id < model.get_input_embeddings().num_embeddings else 0
-    decoding = {"stop_ids": ends, "pad_id": pad_id, "cuda_graphs": config.cuda_graphs, **settings}
-    return Setup(accelerator, model, tokenizer, train_set, test_set, DecodeSettings(config.max_new_tokens, **decoding))
+    decoding = DecodeSettings(config.max_new_tokens, ends, cuda_graphs=config.cuda_graphs, **settings)
+    return Setup(accelerator, model, tokenizer, train_set, test_set, decoding)
 
 
 def check_problems(problems, model, tokenizer, config):
@@ -248,34 +246,28 @@ def load_model(name, dtype, device, cache_dir=None):
     torch.backends.cuda.enable_cudnn_sdp(False)
     if "/" not in name and not Path(name).is_dir():  # a misspelled folder: do not look for it on the hub
         raise UserError(f"model: {name!r}: there is no such folder here; on the hub, owner/model is expected")
-    options = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa", "cache_dir": cache_dir}
-    base_name = name
+    options = {"dtype": getattr(torch, dtype), "cache_dir": cache_dir, "output_loading_info": True}
+    source = f"model: {name!r}: "
     try:
         is_adapter = (Path(name) / "adapter_config.json").is_file()
-        if is_adapter:
-            adapter = PeftConfig.from_pretrained(name)
-            base_name = adapter.base_model_name_or_path
-            if isinstance(getattr(adapter, "target_modules", None), str) or getattr(adapter, "bias", "none") != "none":
-                raise ValueError(
-                    "adapters with a regular expression as target_modules, or with bias, are not supported"
-                )
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(base_name, output_loading_info=True, **options)
-        except ValueError as error:
-            if "scaled_dot_product_attention" not in str(error):
-                raise
-            options["attn_implementation"] = "eager"
-            model, info = AutoModelForCausalLM.from_pretrained(base_name, output_loading_info=True, **options)
-            say_once(f"{type(model).__name__} has no SDPA attention: eager attention is used, which is slower")
+        adapter = PeftConfig.from_pretrained(name) if is_adapter else None
+        is_list = isinstance(adapter, LoraConfig) and not isinstance(adapter.target_modules, str)
+        if is_adapter and (not is_list or adapter.bias != "none"):
+            raise ValueError("expected a LoRA adapter with a list of names as target_modules, and without bias")
+        base_name = adapter.base_model_name_or_path if is_adapter else name
+        source += f"its base model {base_name!r}: " if is_adapter else ""
+        model, info = AutoModelForCausalLM.from_pretrained(base_name, **options)
         check_decodable(model)
+        source = f"model: {name!r}: "
         if is_adapter:
             model = PeftModel.from_pretrained(model, name, is_trainable=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        base = "" if base_name == name else f"its base model {base_name!r}: "
-        raise UserError(f"model: {name!r}: {base}{one_line(error)}") from None
+        raise UserError(f"{source}{one_line(error)}") from None
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"model: {name!r}: {len(missing)} of its weights are missing, such as {missing[0]}")
+    if model.config._attn_implementation == "eager":
+        say_once(f"{type(model).__name__} has no SDPA attention: eager attention is used, which is slower")
     return model.to(device).eval()
 
 
@@ -298,8 +290,6 @@ def load_tokenizer(name, cache_dir=None):
         tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
     except (OSError, ValueError) as error:
         raise UserError(f"model: {name!r} has no tokenizer: {one_line(error)}") from None
-    if tokenizer.pad_token_id is None:  # never searched for in ids: masks come from lengths
-        tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
         say_once(f"{name} has no chat template: prompts are plain text, {PLAIN_TURN!r}")
     elif answer_start(tokenizer):
@@ -313,10 +303,10 @@ def stop_ids(model, tokenizer):
     ids = model.generation_config.eos_token_id
     ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id}
     if tokenizer.chat_template is not None:
-        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
-        text = _apply_template(tokenizer, [chat], add_generation_prompt=False)[0]
+        question = {"role": "user", "content": "?"}  # one more at the end: templates may not end on an answer
+        text = _apply_template(tokenizer, [[question, {"role": "assistant", "content": "ANSWER"}, question]])[0]
         after = tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False).input_ids
-        ids |= {id for id in after[:1] if id in tokenizer.added_tokens_decoder}
+        ids |= {id for id in after[:1] if "ANSWER" in text and id in tokenizer.added_tokens_decoder}
     return sorted(ids - {None})
 
 
@@ -390,16 +380,16 @@ def encode_prompts(tokenizer, items, system_prompt, examples=()):
         chats = [[{**first, "content": f"{system_prompt}\n\n{first['content']}"}, *rest] for first, *rest in chats]
         texts = _apply_template(tokenizer, chats)
         say_once("the chat template takes no system prompt: it is put before the first turn")
-    for prompt, text in zip(prompts, texts, strict=True):
-        for turn in (prompt, *(turn["content"] for turn in turns)):
-            if turn.strip() not in text:
-                raise UserError(f"model: its chat template loses this text: {one_line(turn)[:80]!r}")
+    shown = zip(([prompt, *(turn["content"] for turn in turns)] for prompt in prompts), texts, strict=True)
+    lost = next((turn for contents, text in shown for turn in contents if turn.strip() not in text), None)
+    if lost is not None:
+        raise UserError(f"model: its chat template loses this text: {one_line(lost)[:80]!r}")
     return tokenizer(texts, add_special_tokens=False).input_ids  # the template wrote them
 
 
-def _apply_template(tokenizer, chats, add_generation_prompt=True):
+def _apply_template(tokenizer, chats):
     # Templates that write today's date take date_string instead: a run resumed tomorrow must have the same prompts.
-    options = {"add_generation_prompt": add_generation_prompt, "tokenize": False, "date_string": "26 Jul 2024"}
+    options = {"add_generation_prompt": True, "tokenize": False, "date_string": "26 Jul 2024"}
     try:
         return tokenizer.apply_chat_template(chats, **options)
     except TemplateError as error:

@@ -46,7 +46,7 @@ def rollout(setup, runs):
     inputs = setup.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": SAMPLES}
     limits = {"max_new_tokens": settings.max_new_tokens, "eos_token_id": settings.stop_ids}
-    sampling = GenerationConfig(**sampling, **limits, pad_token_id=settings.pad_id)
+    sampling = GenerationConfig(**sampling, **limits, pad_token_id=0)
 
     def ours(seed):
         generator = torch.Generator().manual_seed(seed)

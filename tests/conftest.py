@@ -61,8 +61,8 @@ def make_model(seed=0, dtype=torch.float32, family="qwen2", **settings):
     return model_class(config_class(**size | heads | tokens | more | settings)).to(dtype).eval()
 
 
-def settings(max_new_tokens, stop_ids=(EOS,), pad_id=PAD, **more):
-    return DecodeSettings(max_new_tokens, list(stop_ids), pad_id, **more)
+def settings(max_new_tokens, stop_ids=(EOS,), **more):
+    return DecodeSettings(max_new_tokens, list(stop_ids), **more)
 
 
 @pytest.fixture

@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import EOS, PAD, VOCAB, make_like, make_model, oracle_log_probs, random_prompts, settings
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 import generation
 from es_train import Population, noise_generators, noise_shapes
-from generation import GraphedStep, completion_log_probs, generate, sample
+from generation import GraphedStep, PreallocatedLayer, completion_log_probs, generate, sample
 from grpo_train import LoRA, make_micro_batches, make_policy, merged_adapter
 from reward import UserError
 from utils import check_chunked_head, fingerprint
@@ -43,7 +44,7 @@ def rows_of(completions):
     return [tokens[mask].tolist() for tokens, mask in zip(completions.tokens, completions.mask, strict=True)]
 
 
-def assert_as_the_oracle(out, model, prompts, stop_ids=STOP, temperature=1.0, pad_id=PAD, greedy=False):
+def assert_as_the_oracle(out, model, prompts, stop_ids=STOP, temperature=1.0, greedy=False):
     """Each token is the one that the oracle draws after the tokens before it, until an end token or the limit."""
     num_samples, uniforms = len(out.tokens) // len(prompts), draws(len(out.tokens))
     for row, tokens in enumerate(rows_of(out)):
@@ -54,7 +55,7 @@ def assert_as_the_oracle(out, model, prompts, stop_ids=STOP, temperature=1.0, pa
         expected = exact.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         torch.testing.assert_close(out.log_probs[row, :count].double(), expected, atol=1e-5, rtol=0)
         assert out.mask[row, :count].all() and not out.log_probs[row, count:].any()
-        assert (out.tokens[row, count:] == pad_id).all()
+        assert (out.tokens[row, count:] == PAD).all()
         *before, last = [token in stop_ids for token in tokens]
         assert not any(before) and (last or count == MAX_NEW)
         assert out.truncated[row] == (not last)
@@ -89,10 +90,31 @@ def test_a_shared_beginning_is_computed_once_but_for_sliding_windows_and_changes
 
 
 def test_mask_is_the_completion_with_its_end_token_even_when_pad_is_eos(model):
-    prompts = [[EOS, *prompt, EOS] for prompt in PROMPTS]  # end-of-turn tokens in the prompt
-    out = rollout(model, prompts, [EOS], pad_id=EOS)
-    assert_as_the_oracle(out, model, prompts, [EOS], pad_id=EOS)
+    prompts = [[PAD, *prompt, PAD] for prompt in PROMPTS]  # end-of-turn tokens in the prompt
+    out = rollout(model, prompts, [PAD])
+    assert_as_the_oracle(out, model, prompts, [PAD])
     assert (~out.truncated).sum() >= 2
+
+
+def test_under_autocast_each_weight_is_cast_once_and_the_cache_has_a_multiple_of_8_slots_in_bf16(model, monkeypatch):
+    weights, casts, buffers = {weight.data_ptr() for weight in model.parameters()}, [], []
+    repeat = PreallocatedLayer.batch_repeat_interleave
+
+    class CountCasts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and args[0].data_ptr() in weights:
+                casts.append(args[0].data_ptr())
+            return function(*args, **(kwargs or {}))
+
+    def spy(layer, repeats):
+        repeat(layer, repeats)
+        buffers.extend(layer.buffers)
+
+    monkeypatch.setattr(PreallocatedLayer, "batch_repeat_interleave", spy)
+    with torch.autocast("cpu", torch.bfloat16), CountCasts():
+        rollout(model)
+    assert casts and len(casts) == len(set(casts))
+    assert buffers and all(x.dtype == torch.bfloat16 and x.shape[2] % 8 == 0 for x in buffers)
 
 
 def test_poisoned_generation_config_changes_no_sampled_token(model):
@@ -106,7 +128,7 @@ def test_poisoned_generation_config_changes_no_sampled_token(model):
 def test_trained_ids_are_the_generated_ids_and_recomputed_log_probs_the_sampled_ones(model):
     out, rows = rollout(model, temperature=0.7), [prompt for prompt in PROMPTS for _ in range(G)]
     ones, trained = torch.ones(len(rows)), []
-    for batch in make_micro_batches(rows, out, ones, ones, 100, PAD):
+    for batch in make_micro_batches(rows, out, ones, ones, 100, True):
         log_probs, _ = completion_log_probs(model, batch.ids, batch.mask, 0.7)
         torch.testing.assert_close(log_probs, batch.sampler_log_probs, atol=2e-5, rtol=0)
         ends = (batch.mask * torch.arange(batch.mask.shape[1])).argmax(1) + 1

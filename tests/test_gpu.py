@@ -5,7 +5,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import EOS, PAD, make_model, random_prompts, scalars, settings
+from conftest import EOS, make_model, random_prompts, scalars, settings
 
 import generation
 from es_train import Population, noise_generators, noise_shapes
@@ -90,7 +90,7 @@ def test_a_run_can_be_stopped_and_resumed(script, overrides, tmp_path, capture):
 def test_shared_prompts_change_neither_log_probs_nor_gradients(dtype, monkeypatch):
     model, results = model_on_gpu(lora=True, dtype=dtype, hidden_size=128), []
     prompts, ones = [prompt for prompt in PROMPTS for _ in range(G)], torch.ones(len(PROMPTS) * G, device="cuda")
-    (batch,) = make_micro_batches(prompts, sample(model), ones, ones, 10**6, PAD)
+    (batch,) = make_micro_batches(prompts, sample(model), ones, ones, 10**6, True)
     for min_spared in (2.0, -1.0):  # never, and always
         monkeypatch.setattr(generation, "MIN_SPARED", min_spared)
         with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):

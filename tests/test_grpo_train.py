@@ -9,13 +9,13 @@ from unittest.mock import Mock
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import EOS, PAD, make_model, random_prompts, settings
+from conftest import EOS, make_model, random_prompts, settings
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import grpo_train
 import utils
-from generation import completion_log_probs, generate
+from generation import completion_log_probs, generate, shares_prompts
 from grpo_train import GRPOConfig, LoRA, group_advantages, kl_estimate, make_policy, policy_loss, token_weights
 from reward import UserError
 
@@ -123,7 +123,7 @@ def one_batch(prompts, completions, normalization="token", rows=slice(None)):
     """A micro-batch of some of the 16 rows, with the weights that they have in the whole step."""
     weights, chosen = token_weights(completions.mask.sum(1).float(), normalization, MAX_NEW), torch.zeros(16)
     chosen[rows] = weights[rows]
-    (batch,) = grpo_train.make_micro_batches(prompts, completions, ADVANTAGES, chosen, 10**6, PAD)
+    (batch,) = grpo_train.make_micro_batches(prompts, completions, ADVANTAGES, chosen, 10**6, True)
     return batch
 
 
@@ -180,10 +180,20 @@ def test_gradient_equals_a_plain_loop_over_unpadded_rows_and_is_clipped_to_max_g
     assert metrics["grad_norm"] == pytest.approx(plain.norm().item(), rel=1e-4)  # before it is clipped
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_cast_their_inputs_only_where_autocast_does_not_cast_them_back(tmp_path, monkeypatch, dtype):
+    models = []
+    monkeypatch.setattr(grpo_train, "train", lambda config, setup, *_: models.append(setup.model))
+    config = {"device": "cpu", "dtype": dtype, "log_dir": str(tmp_path), "dataset_args": {"size": 20}}
+    grpo_train.main(GRPOConfig(**config))
+    layers = [module for module in models[0].modules() if hasattr(module, "lora_A")]
+    assert layers and all(layer.cast_input_dtype_enabled == (dtype == "float32") for layer in layers)
+
+
 def test_micro_batches_hold_rows_with_weight_within_the_token_budget_longest_first():
     prompts, completions = rollout(make_model())
     for weights in (torch.ones(16), torch.tensor([0.0, 1.0] * 8), torch.zeros(16)):
-        batches = grpo_train.make_micro_batches(prompts, completions, ADVANTAGES, weights, 64, PAD)
+        batches = grpo_train.make_micro_batches(prompts, completions, ADVANTAGES, weights, 64, True)
         shapes = [batch.ids.shape for batch in batches]
         assert shapes == sorted(shapes, key=lambda shape: shape[1], reverse=True)
         assert all(shape.numel() <= 64 or shape[0] == 1 for shape in shapes)
@@ -303,21 +313,29 @@ def test_lora_that_contradicts_the_models_adapter_or_has_no_such_linear_layer_is
             make_policy(make_model(), LoRA(target_modules=["q_proj", name]), False)
 
 
-def test_micro_batches_hold_whole_groups_within_the_budget_of_computed_positions():
-    prompts, G = random_prompts([40, 44, 38, 41]), 4
+@pytest.mark.parametrize("kind", ["prompts shared", "gradient checkpointing", "sliding window"])
+def test_micro_batches_hold_whole_groups_within_the_budget_of_positions_that_the_model_computes(kind):
+    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+    model = make_policy(
+        make_model(**window if kind == "sliding window" else {}), LoRA(rank=4), kind == "gradient checkpointing"
+    )
+    network, (prompts, G), positions = model.get_base_model(), (random_prompts([40, 44, 38, 41]), 4), []
     uniforms = torch.rand(16, MAX_NEW, generator=torch.Generator().manual_seed(3))
-    completions = generate(make_model(), prompts, settings(MAX_NEW, [EOS, 5]), G, uniforms)
-    weights = torch.tensor([1.0, 1, 1, 0] * 4)
-    batches = grpo_train.make_micro_batches(prompts, completions, weights, weights, 200, PAD)
-    assert len(batches) > 1 and sum(len(batch.ids) for batch in batches) == 12
+    completions = generate(model, prompts, settings(MAX_NEW, [EOS, 5]), G, uniforms)
+    weights, is_shared = torch.tensor([1.0, 1, 1, 0] * 4), kind == "prompts shared"
+    assert shares_prompts(network) == is_shared
+    batches = grpo_train.make_micro_batches(prompts, completions, weights, weights, 260, is_shared)
+    assert len(batches) == (2 if is_shared else 4) and sum(len(batch.ids) for batch in batches) == 12
+    network.get_input_embeddings().register_forward_hook(lambda _, inputs, __: positions.append(inputs[0].numel()))
     for batch in batches:
+        positions.clear()
+        completion_log_probs(model, batch.ids, batch.mask, 1.0)
+        assert 130 < sum(positions) <= 260
         starts = batch.mask.int().argmax(1)
         prompts_in = {tuple(row[:start].tolist()) for row, start in zip(batch.ids, starts, strict=True)}
-        assert len(batch.ids) == 3 * len(prompts_in)  # whole groups, but for rows without weight
-        assert len(prompts_in) * int(starts.max()) + len(batch.ids) * int(batch.mask.sum(1).max()) <= 200
-    assert [
-        len(batch.ids) for batch in grpo_train.make_micro_batches(prompts, completions, weights, weights, 1, PAD)
-    ] == [1] * 12
+        assert not is_shared or len(batch.ids) == 3 * len(prompts_in)  # whole groups, but for rows without weight
+    single = grpo_train.make_micro_batches(prompts, completions, weights, weights, 1, is_shared)
+    assert [len(batch.ids) for batch in single] == [1] * 12
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["c_attn", "c_proj"]])
@@ -345,7 +363,7 @@ def test_adapter_with_a_regular_expression_or_bias_and_one_without_its_base_are_
         utils.load_model(str(tmp_path / "base"), "float32", "cpu"), LoraConfig(task_type="CAUSAL_LM", **odd)
     )
     adapted.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(UserError, match="adapters with a regular expression as target_modules, or with bias, are not"):
+    with pytest.raises(UserError, match="adapter.: expected a LoRA adapter with a list of names"):
         utils.load_model(str(tmp_path / "adapter"), "float32", "cpu")
     odd = {"target_modules": ["q_proj"]}
     get_peft_model(adapted.unload(), LoraConfig(task_type="CAUSAL_LM", **odd)).save_pretrained(tmp_path / "lost")

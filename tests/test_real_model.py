@@ -31,7 +31,7 @@ def tokenizer():
 
 
 def settings(model, tokenizer, max_new_tokens):
-    return DecodeSettings(max_new_tokens, stop_ids(model, tokenizer), tokenizer.pad_token_id)
+    return DecodeSettings(max_new_tokens, stop_ids(model, tokenizer))
 
 
 def test_prompts_are_as_the_template_writes_them(tokenizer):
@@ -69,7 +69,7 @@ def test_sampled_log_probs_are_the_recomputed_ones(tokenizer, dtype, bound):
     uniforms = torch.rand(8, 24, generator=torch.Generator().manual_seed(0))
     completions = generate(model, prompts, settings(model, tokenizer, 24), 2, uniforms)
     ones = torch.ones(8)
-    for batch in make_micro_batches(prompts, completions, ones, ones, 400, 0):
+    for batch in make_micro_batches(prompts, completions, ones, ones, 400, True):
         with torch.no_grad():
             log_probs, _ = completion_log_probs(model, batch.ids, batch.mask, 1.0)
         assert (log_probs - batch.sampler_log_probs).abs().max() < bound
