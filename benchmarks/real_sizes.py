@@ -109,7 +109,7 @@ def measure_es(model, problems, arguments, accelerator):
     parameters = dict(model.named_parameters())
     master = {name: parameter.float() for name, parameter in parameters.items()}
     shapes = es_train.noise_shapes(parameters, "low_rank", config.rank)
-    settings = DecodeSettings(arguments.new_tokens, [], 0, batch_size=N * P)
+    settings = DecodeSettings(arguments.new_tokens, [], batch_size=N * P)
     setup = Setup(accelerator, model, None, problems, problems, settings)
 
     def low_rank():
@@ -148,7 +148,7 @@ def measure_rollout(policy, problems, arguments, accelerator, rate):
     completions = {}
 
     def ours(way, tokens):
-        settings = DecodeSettings(tokens, [], 0, batch_size=B, cuda_graphs=way == "graphs")
+        settings = DecodeSettings(tokens, [], batch_size=B, cuda_graphs=way == "graphs")
         completions[way] = grpo_train.rollout(policy, problems, uniforms[..., :tokens], settings, accelerator)
 
     def theirs(way, tokens):

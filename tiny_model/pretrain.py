@@ -250,7 +250,7 @@ def measure(num_problems=512, num_samples=8):
     model, tokenizer = load_model(str(FOLDER), "float32", "cpu"), load_tokenizer(str(FOLDER))
     items = list(MathExprDataset("test"))[:num_problems]
     prompts = encode_prompts(tokenizer, items, SYSTEM_PROMPT)
-    settings = DecodeSettings(96, stop_ids(model, tokenizer), tokenizer.pad_token_id)
+    settings = DecodeSettings(96, stop_ids(model, tokenizer))
     uniforms = torch.rand(num_problems * num_samples, 96, generator=seeded_generator(SEED, "measure"))
     greedy, sampled = (
         completion_texts(generate(model, prompts, settings, *sampling), tokenizer)
