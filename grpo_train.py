@@ -154,17 +154,23 @@ def kl_estimate(log_probs, ref_log_probs):
 def make_policy(model, lora, gradient_checkpointing):
     """The model with what is trained requiring gradients: its adapter, or with `lora: null` all of it. A model that has
     an adapter already continues with it; a frozen copy of that adapter, "reference", is then the reference policy."""
+    linear = (torch.nn.Linear, Conv1D)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, linear) and ".lora_" not in name}
     if isinstance(model, PeftModel):
         settings = model.peft_config["default"]
         own = LoRA(rank=settings.r, alpha=settings.lora_alpha, target_modules=sorted(settings.target_modules))
-        if lora is None or {**dict(lora), "target_modules": sorted(lora.target_modules)} != dict(own):
+        without = {m for name, m in layers.items() if not name.endswith(".base_layer")} - {
+            model.get_output_embeddings()
+        }
+        is_all = lora and lora.target_modules == "all-linear" and not without
+        targets = own.target_modules if is_all else lora and sorted(lora.target_modules)
+        if lora is None or {**dict(lora), "target_modules": targets} != dict(own):
             raise UserError(f"lora: {lora}: expected {own}, as in the adapter that training starts from")
         model.add_adapter("reference", settings)
         weights = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
         set_peft_model_state_dict(model, weights, "reference")
         model.set_adapter("default")
     elif lora is not None:
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
         for target in [] if lora.target_modules == "all-linear" else lora.target_modules:
             if not any(f".{name}".endswith(f".{target}") for name in layers):
                 names = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))

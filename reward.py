@@ -23,7 +23,7 @@ class UserError(Exception):
 
 
 MAX_ANSWER_CHARS = 200  # a longer answer is wrong, unread
-MAX_TEXT_CHARS = 1_000_000  # likewise a longer completion
+MAX_TEXT_CHARS = 200_000  # likewise a longer completion
 MAX_TAIL_CHARS = 1_000  # how far from its end the last value of a text is looked for
 MAX_POWER = 1_000
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -49,9 +49,12 @@ _SPELLINGS = [
     (re.compile("[−–‐‑]"), "-"),
     (re.compile(r"\\(?:left|right|displaystyle|[,!;: ])|\\(?=[$%])"), ""),
     (re.compile(r"(?<=[0-9])\{,\}(?=[0-9])"), ","),
-    (re.compile(r"\\[dt]?frac *(?:\{ *(-?[0-9]{1,50}) *\}|([0-9])) *(?:\{ *([0-9]{1,50}) *\}|([0-9]))"), r" \1\2/\3\4"),
-    (re.compile(r"(?:√|\\sqrt) *(?:\{[^{}]{0,50}\}|[0-9]*)|π|\\pi"), "(x)(x)"),  # a number, but not one that is read
-    (re.compile(r"\\[dt]?frac *\{[^{}]{0,50}\} *\{[^{}]{0,50}\}"), "(x)(x)"),
+    (
+        re.compile(r"\\[dt]?frac *(?:\{ *(-?[0-9]{1,50}) *\}|([0-9])) *(?:\{ *([0-9]{1,50}) *\}|([0-9])(?![0-9]))"),
+        r" \1\2/\3\4",
+    ),
+    (re.compile(r"(?:√|\\sqrt(?:\[[0-9a-z]\])?) *(?:\{[^{}]{0,50}\}|[0-9]+)|π|\\pi"), "(x)(x)"),  # is not worked out
+    (re.compile(r"\\[dt]?frac *\{([^{}]{0,50})\} *\{([^{}]{0,50})\}"), r"(\1)/(\2)"),
     (re.compile(r"(?<=[0-9]) *(?:×|\\times) *10 *\^ *\{?(-?[0-9]{1,3})\}?"), r"e\1"),
     (re.compile(r"\^\{([0-9]{1,9})\}"), r"^\1"),
     (re.compile(r"\\[()\[\]]"), "$"),
@@ -161,20 +164,21 @@ _MARKERS = ("answer is", "answer:")
 
 
 def values_in(text):
-    """The values written in a text, in order, as text. An expression that is still to be worked out has none. A "- " or
-    "1. " after a line break is a bullet."""
+    """The values written in a text, in order, as text; None for an expression that is still to be worked out, unless
+    "=" follows. A "- " or "1. " after a line break is a bullet."""
     text = re.sub(r"\.{2,}", " ", plain_spelling(_BULLET.sub("", text)))
     text = _WORD.sub(lambda match: match[0] if match[1] or match[0] in "xX" else "|", text)
-    found = []
-    runs = [part for run in _RUN.findall(text.replace("\\", "|")) for part in re.split("[,.] +", run)]
-    for run in runs:
-        run = run.lstrip(" ,+*/)").rstrip(" .,+*/^$(-")
-        if not any(map(str.isdigit, run)) or run.startswith("^"):
-            continue  # no number, or the exponent of a unit
-        if parse_value(run) is not None:
-            found.append(run)
-        elif not re.search(r"[0-9xX)] *[-+*/^xX] *[0-9xX(]|[xX)] *[(]", run):
-            found += [part for part in _LIST.split(run) if parse_value(part) is not None]
+    text, found = text.replace("\\", "|"), []
+    for match in _RUN.finditer(text):
+        for run in re.split("[,.] +", match[0]):
+            run = run.lstrip(" ,+*/)").rstrip(" .,+*/^$(-")
+            if run.startswith("^"):
+                continue  # the exponent of a unit
+            if re.search(r"[0-9xX)] *[-+*/^xX] *[0-9xX(]|[xX)] *[(]", run) and parse_value(run) is None:
+                found += [None] if text[match.end() : match.end() + 1] != "=" else []
+            elif any(map(str.isdigit, run)):
+                parts = [run] if parse_value(run) is not None else _LIST.split(run)
+                found += [part for part in parts if parse_value(part) is not None]
     return found
 
 
@@ -195,17 +199,17 @@ def lenient_answer(text):
     lowered = text.lower()
     marker = "####" if "####" in lowered else max(_MARKERS, key=lowered.rfind)
     if marker in lowered:
-        after = _BULLET.sub("", lowered.rpartition(marker)[2][:MAX_ANSWER_CHARS])
+        after = re.sub(r"(?<=\n)[ \t]*(?:[-*•]|1[.)])[ \t]+", "", lowered.rpartition(marker)[2][:MAX_ANSWER_CHARS])
         sentence = re.split(r"\.\s|\n", after.strip(" :*\n"), maxsplit=1)[0]
         values = values_in(sentence)
-        is_choice = len(values) > 1 and re.match(r"\W{0,3}(or|and)\W", sentence.partition(values[0])[2])
-        if values:
-            return None if is_choice else values[0]
+        first = next(filter(None, values), None)
+        if first:
+            is_choice = len(values) > 1 and re.match(r"\W{0,3}(or|and)\W", sentence.partition(first)[2])
+            return None if is_choice else first
     tail = text[-MAX_TAIL_CHARS:]
     if len(tail) < len(text):  # what the cut went through is no value of the text
         tail = tail.lstrip("0123456789xX^*+-−./,$% ")
-    values = values_in("\n" + tail)
-    return values[-1] if values else None
+    return next(filter(None, reversed(values_in("\n" + tail))), None)
 
 
 def single_value(text):

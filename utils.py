@@ -35,7 +35,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from datasets import make_dataset
 from generation import DecodeSettings, generate, inner_model
@@ -256,7 +256,9 @@ def load_model(name, dtype, device, cache_dir=None):
             raise ValueError("expected a LoRA adapter with a list of names as target_modules, and without bias")
         base_name = adapter.base_model_name_or_path if is_adapter else name
         source += f"its base model {base_name!r}: " if is_adapter else ""
-        model, info = AutoModelForCausalLM.from_pretrained(base_name, **options)
+        settings = AutoConfig.from_pretrained(base_name, cache_dir=cache_dir)
+        settings._attn_implementation = None  # SDPA where the model has it, whatever its config asks for, else eager
+        model, info = AutoModelForCausalLM.from_pretrained(base_name, config=settings, **options)
         check_decodable(model)
         source = f"model: {name!r}: "
         if is_adapter:
@@ -303,10 +305,14 @@ def stop_ids(model, tokenizer):
     ids = model.generation_config.eos_token_id
     ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id}
     if tokenizer.chat_template is not None:
-        question = {"role": "user", "content": "?"}  # one more at the end: templates may not end on an answer
-        text = _apply_template(tokenizer, [[question, {"role": "assistant", "content": "ANSWER"}, question]])[0]
-        after = tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False).input_ids
-        ids |= {id for id in after[:1] if "ANSWER" in text and id in tokenizer.added_tokens_decoder}
+        answer = "(an answer)"
+        chat = [{"role": "user", "content": "(a question)"}, {"role": "assistant", "content": answer}]
+        try:
+            text = _apply_template(tokenizer, [chat], add_generation_prompt=False)[0]
+        except UserError:  # a template that ends on questions only
+            text = ""
+        after = tokenizer(text.partition(answer)[2], add_special_tokens=False).input_ids
+        ids |= {id for id in after[:1] if id in tokenizer.added_tokens_decoder}
     return sorted(ids - {None})
 
 
@@ -387,9 +393,9 @@ def encode_prompts(tokenizer, items, system_prompt, examples=()):
     return tokenizer(texts, add_special_tokens=False).input_ids  # the template wrote them
 
 
-def _apply_template(tokenizer, chats):
+def _apply_template(tokenizer, chats, add_generation_prompt=True):
     # Templates that write today's date take date_string instead: a run resumed tomorrow must have the same prompts.
-    options = {"add_generation_prompt": True, "tokenize": False, "date_string": "26 Jul 2024"}
+    options = {"add_generation_prompt": add_generation_prompt, "tokenize": False, "date_string": "26 Jul 2024"}
     try:
         return tokenizer.apply_chat_template(chats, **options)
     except TemplateError as error:

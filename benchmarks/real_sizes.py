@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import es_train
 import grpo_train
-from generation import DecodeSettings, inner_model
+from generation import DecodeSettings, inner_model, shares_prompts
 from utils import Problem, Setup, load_tokenizer
 
 TOKENIZER = load_tokenizer(str(Path(__file__).resolve().parent.parent / "tiny_model"))  # used only to pad
@@ -200,7 +200,8 @@ def measure_update(policy, problems, completions, arguments, accelerator, rate):
             network.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             network.gradient_checkpointing_disable()
-        batches = grpo_train.make_micro_batches(prompts, completions, advantages, weights, arguments.micro_batch, 0)
+        way = arguments.micro_batch, shares_prompts(network)
+        batches = grpo_train.make_micro_batches(prompts, completions, advantages, weights, *way)
         values = {name: [] for name in grpo_train.TOKEN_METRICS}
         grpo_train.update(policy, optimizer, batches, grpo_train.GRPOConfig(), None, accelerator, values)
 

@@ -302,10 +302,15 @@ def test_lora_that_contradicts_the_models_adapter_or_has_no_such_linear_layer_is
     for lora, message in [
         (LoRA(rank=8), f"lora: rank=8 .*: {expected}"),
         (LoRA(rank=4, target_modules=["q_proj"]), r"lora: .*=\['q_proj'\]: expected .*=\['down_proj', "),
+        (LoRA(rank=4, target_modules="all-linear"), r"lora: .*='all-linear': expected .*=\['q_proj'\], as"),
         (None, f"lora: None: {expected}"),
     ]:
         with pytest.raises(UserError, match=message):
-            make_policy(make_policy(make_model(), LoRA(rank=4), False), lora, False)
+            targets = {"target_modules": ["q_proj"]} if "all-linear" in str(lora) else {}
+            make_policy(make_policy(make_model(), LoRA(rank=4, **targets), False), lora, False)
+    for targets in ("all-linear", ["v_proj", "lm_head"]):
+        lora = LoRA(rank=4, target_modules=targets)
+        make_policy(make_policy(make_model(), lora, False), lora, False)
     for name in ("qq_proj", "mlp", "norm"):
         with pytest.raises(
             UserError, match=f"target_modules: {name}: the model's linear layers are down_proj, gate_proj, "

@@ -292,10 +292,21 @@ FINAL = [
         (r"\boxed{42", "4", False),
         ("so x^2 - 3x + 2.", "x^2-3x+2", True),
         ("İ #### 42, not 7.", "42", True),
+        *[(f"{marker}\n42. I added 40 and 2.", "42", True) for marker in ("Answer:", "####", "The answer is")],
+        *[(rf"so \boxed{{60{unit}}}", "60", True) for unit in (r" \frac{km}{h}", r"\ \frac{m}{s^2}", "√")],
+        *[
+            (rf"\boxed{{{two}}}", "1", False)
+            for two in ("1, 2+3", r"1, \sqrt{2}", "x=1, x=-√2", r"1 or 3\pi", "1 or √3")
+        ],
+        *[("Answer: 1 or √3", "1", False), (r"\frac123", "1/23", False), (r"\boxed{10-5 = 5}", "5", True)],
     ],
     *[(f"{marker} - 5", "-5", True) for marker in ("The answer is", "####")],  # a minus, no bullet
     *[("The answer is:\n- 5", "5", True), ("The answer is 42, 6*7.", "42", True), ("1/2, 3/4", "3/4", True)],
     ("İ #### 42, not 7.", "42", True),
+    *[(f"{marker}\n42. I added 40 and 2.", "42", True) for marker in ("Answer:", "####", "The answer is")],
+    *[(rf"so \boxed{{60{unit}}}", "60", True) for unit in (r" \frac{km}{h}", r"\ \frac{m}{s^2}", "√")],
+    *[(rf"\boxed{{{two}}}", "1", False) for two in ("1, 2+3", r"1, \sqrt{2}", "x=1, x=-√2", r"1 or 3\pi", "1 or √3")],
+    *[("Answer: 1 or √3", "1", False), (r"\frac123", "1/23", False), (r"\boxed{10-5 = 5}", "5", True)],
     *[(rf"\boxed{{{root}}}", "2", False) for root in (r"\sqrt{2}", r"2\sqrt3", "√2", r"2\pi", r"\frac{\sqrt{3}}{2}")],
 ]
 

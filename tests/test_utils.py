@@ -342,15 +342,18 @@ def test_examples_are_earlier_turns_and_a_template_that_loses_text_is_named():
             encode_prompts(tokenizer, [{"prompt": "2+2"}], "Be brief.", examples)
 
 
-def test_templates_that_end_on_no_answer_or_show_none_have_the_usual_end_tokens():
+def test_only_what_ends_the_last_answer_stops_a_row_and_other_templates_add_no_token():
     model, tokenizer = load_model(TINY, "float32", "cpu"), load_tokenizer(TINY)
-    expected, template = utils.stop_ids(model, tokenizer), tokenizer.chat_template
-    for change in (
-        "{% if messages[-1]['role'] != 'user' %}{{ raise_exception('no question') }}{% endif %}" + template,
-        template.replace("message['content']", "(message['content'] if message['role'] != 'assistant' else '')"),
-    ):
+    (end,), template = utils.stop_ids(model, tokenizer), tokenizer.chat_template
+    tokenizer.add_tokens(["<|more|>", "<|last|>"])
+    last, content = tokenizer.convert_tokens_to_ids("<|last|>"), "message['content']"
+    for change, expected in {
+        "{% if messages[-1]['role'] != 'user' %}{{ raise_exception('no question') }}{% endif %}" + template: {end},
+        template.replace(content, f"({content} if message['role'] != 'assistant' else '')"): {end},
+        template.replace("'<|end|>'", "'<|last|>' if loop.last else '<|more|>'"): {end, last},
+    }.items():
         tokenizer.chat_template = change
-        assert utils.stop_ids(model, tokenizer) == expected
+        assert set(utils.stop_ids(model, tokenizer)) == expected
 
 
 def test_token_that_ends_a_turn_stops_a_row_and_odd_special_tokens_are_named_or_work(tmp_path, monkeypatch):
@@ -392,6 +395,15 @@ def test_model_that_the_decode_loop_cannot_serve_is_named(tmp_path, name):
     getattr(transformers, f"{name}ForCausalLM")(config_class(**SIZE | values)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"model: '{tmp_path}': {name}ForCausalLM is not supported: {reason}"):
         load_model(str(tmp_path), "float32", "cpu")
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_attention_is_sdpa_whatever_the_models_config_asks_for(tmp_path, capsys, key):
+    shutil.copytree(TINY, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: "flash_attention_2"}))
+    assert load_model(str(tmp_path / "model"), "float32", "cpu").config._attn_implementation == "sdpa"
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["Gemma2", "Llama"])  # with and without sliding windows
