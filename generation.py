@@ -287,7 +287,8 @@ class GraphedStep:
 
 
 MIN_SPARED = 0.1  # prompts are computed separately if that spares this share of all positions
-MAX_LOGITS = 2**25  # logits alive at once in the scoring pass: 128 MiB in fp32, 220 tokens at a vocabulary of 152k
+# Logits alive at once in the scoring pass. On CPUs 32 MiB, beyond which malloc takes every tensor from the system anew.
+MAX_LOGITS = {"cpu": 2**23, "cuda": 2**25}
 
 
 def completion_log_probs(model, ids, completion_mask, temperature):
@@ -304,14 +305,12 @@ def completion_log_probs(model, ids, completion_mask, temperature):
     targets, head = ids[completion_mask], network.get_output_embeddings()  # (N,)
 
     def score(hidden, targets):
-        logits = head(hidden).float() / temperature  # (n, V)
-        log_normalizer = logits.logsumexp(-1)
-        log_probs = logits.gather(-1, targets[:, None])[:, 0] - log_normalizer
+        log_probs = (head(hidden).float() / temperature).log_softmax(-1)  # (n, V)
         with torch.no_grad():
-            entropy = log_normalizer - (logits.softmax(-1) * logits).sum(-1)
-        return log_probs, entropy
+            entropy = -log_probs.exp().mul_(log_probs).sum(-1)
+        return log_probs.gather(-1, targets[:, None])[:, 0], entropy
 
-    chunk = max(1, MAX_LOGITS // head.weight.shape[0])
+    chunk = max(1, MAX_LOGITS[ids.device.type] // head.weight.shape[0])
     scored = [
         checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False)
         for part in zip(hidden.split(chunk), targets.split(chunk), strict=True)
@@ -324,8 +323,9 @@ def completion_log_probs(model, ids, completion_mask, temperature):
 def _states_before(network, ids, completion_mask):
     """The last hidden state at the position before each completion token, (N, D), row by row.
 
-    A prompt, without its last token, is computed once for all rows that have it, where that spares enough positions.
-    Completions attend to its keys and values, and gradients flow back through these. See `shares_prompts`.
+    A prompt, without its last token, is computed once for all rows that have it, and what all prompts begin with once
+    for all of them, where that spares enough positions. Completions attend to the keys and values, and gradients flow
+    back through these. See `shares_prompts`.
     """
     last, lengths = completion_mask.int().argmax(1) - 1, completion_mask.sum(1)  # (B,)
     L = max(1, int(last.max()))  # length of the longest prompt without its last token
@@ -333,15 +333,19 @@ def _states_before(network, ids, completion_mask):
     prompts, prompt_of_row = torch.where(in_prompt, ids[:, :L], -1).unique(dim=0, return_inverse=True)  # (P, L)
     offsets = torch.arange(int(lengths.max()), device=ids.device)
     positions = last[:, None] + offsets  # (B, C) from a prompt's last position, which predicts a completion's first
-    spared = 1 - (prompts.numel() + positions.numel()) / ids.numel()
+    beginning = 0 if len(prompts) == 1 else int((prompts == prompts[0]).all(0).cumprod(0).sum())
+    beginning = 0 if beginning < MIN_SHARED else beginning
+    spared = 1 - (beginning + prompts[:, beginning:].numel() + positions.numel()) / ids.numel()
     if not shares_prompts(network) or not in_prompt.any() or spared < MIN_SPARED:
         # Causal attention never sees the padding on the right: no mask and no position ids are needed.
         hidden = network.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
         return hidden[:, :-1][completion_mask[:, 1:]]
     cache, _ = new_cache(network)
-    network.base_model(input_ids=prompts.clamp(min=0), past_key_values=cache, use_cache=True)
-    for layer in cache.layers:  # index_select, not keys[rows], whose backward pass sums in no fixed order
-        layer.keys, layer.values = (x.index_select(0, prompt_of_row) for x in (layer.keys, layer.values))
+    steps = [(prompts[:1, :beginning], torch.zeros_like(prompts[:, 0]))] if beginning else []
+    for part, rows in [*steps, (prompts[:, beginning:].clamp(min=0), prompt_of_row)]:
+        network.base_model(input_ids=part, past_key_values=cache, use_cache=True)
+        for layer in cache.layers:  # index_select, not keys[rows], whose backward pass sums in no fixed order
+            layer.keys, layer.values = (x.index_select(0, rows) for x in (layer.keys, layer.values))
     hidden = network.base_model(
         input_ids=ids.gather(1, positions.clamp(max=ids.shape[1] - 1)),
         attention_mask=torch.cat([in_prompt, torch.ones_like(positions, dtype=torch.bool)], dim=1),

@@ -34,6 +34,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import os
 from typing import Annotated, Literal
 
 import torch
@@ -256,10 +257,12 @@ def make_micro_batches(prompts, completions, advantages, weights, token_budget, 
     length, where that computes fewer positions, as with short prompts and completions of very different lengths.
 
     A micro-batch computes about `token_budget` positions at most, padding included: its prompts, once each if the model
-    `shares_prompts`, and the completions of its rows. A group that is too large alone is split, down to single rows.
+    `shares_prompts`, their common beginning once for all, and the completions of its rows. A group that is too large
+    alone is split, down to single rows.
     prompts: P lists of ids; completions, advantages (P * G,), weights (P * G,): of G rows for each prompt
     """
     G, lengths = len(weights) // len(prompts), completions.mask.sum(1).tolist()
+    beginning = len(os.path.commonprefix(prompts)) if shares_prompts else 0
 
     def prompt_of(row):
         return prompts[row // G]
@@ -268,8 +271,8 @@ def make_micro_batches(prompts, completions, advantages, weights, token_budget, 
         return max(lengths[row] + (0 if shares_prompts else len(prompt_of(row))) for row in rows)
 
     def num_positions(rows):
-        longest_prompt = max(len(prompt_of(row)) for row in rows) if shares_prompts else 0
-        return len({row // G for row in rows}) * longest_prompt + len(rows) * longest(rows)
+        rest = max(len(prompt_of(row)) for row in rows) - beginning if shares_prompts else 0
+        return beginning + len({row // G for row in rows}) * rest + len(rows) * longest(rows)
 
     def pack(groups):
         batches = [[]]

@@ -268,7 +268,7 @@ BATCHES = {  # rows, and the lengths of their prompts
 def test_scores_and_gradients_are_those_of_log_softmax_over_temperature_whatever_the_chunk_and_right_padding(
     monkeypatch, kind, batch, temperature, chunk, padding
 ):
-    monkeypatch.setattr(generation, "MAX_LOGITS", chunk * VOCAB)
+    monkeypatch.setitem(generation.MAX_LOGITS, "cpu", chunk * VOCAB)
     model, (ids, mask) = make_model(**KINDS[kind]), right_padded(*BATCHES[batch], padding)
     oracle = make_like(model).double()
     weights = torch.randn(ids.shape, generator=torch.Generator().manual_seed(0))
@@ -324,7 +324,7 @@ def test_gradient_is_the_same_bit_for_bit_on_two_threads_every_time(request):
 
 def test_no_logits_of_all_tokens_exist_forward_or_backward(monkeypatch):
     V, tokens_per_chunk, seen, saved = 5000, 8, [], []
-    monkeypatch.setattr(generation, "MAX_LOGITS", tokens_per_chunk * V)
+    monkeypatch.setitem(generation.MAX_LOGITS, "cpu", tokens_per_chunk * V)
     model, (ids, mask) = make_model(vocab_size=V), right_padded(random_prompts([64] * 4), [8] * 4)
     model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.numel()))
     with saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
