@@ -305,10 +305,11 @@ def completion_log_probs(model, ids, completion_mask, temperature):
     targets, head = ids[completion_mask], network.get_output_embeddings()  # (N,)
 
     def score(hidden, targets):
-        log_probs = (head(hidden).float() / temperature).log_softmax(-1)  # (n, V)
+        log_probs = head(hidden).float().div_(temperature).log_softmax(-1)  # (n, V)
+        chosen = log_probs.gather(-1, targets[:, None])[:, 0]  # the backward pass recomputes up to here
         with torch.no_grad():
             entropy = -log_probs.exp().mul_(log_probs).sum(-1)
-        return log_probs.gather(-1, targets[:, None])[:, 0], entropy
+        return chosen, entropy
 
     chunk = max(1, MAX_LOGITS[ids.device.type] // head.weight.shape[0])
     scored = [
