@@ -255,9 +255,11 @@ def right_padded(rows, starts, padding=0):
 
 # Rows of three prompts: without its last token, the third is the second but for a token that is the padding's id.
 SHARED = [[[5, 9, 3, 7, 2], [5, 9, PAD, 4], [5, 9, 3]][prompt] for prompt in (0, 1, 2, 0, 1, 2, 1)]
+BEGUN = [prompts_after(12, [3, 0, 5])[prompt] for prompt in (0, 1, 2, 0, 1, 2, 1)]  # the second is how the others begin
 BATCHES = {  # rows, and the lengths of their prompts
     "alone": (random_prompts([12, 5, 9, 30]), [4, 2, 8, 1]),
     "shared prompts": ([*map(list.__add__, SHARED, random_prompts([3, 9, 5, 1, 6, 2, 8]))], [*map(len, SHARED)]),
+    "shared beginning": ([*map(list.__add__, BEGUN, random_prompts([3, 9, 5, 1, 6, 2, 8]))], [*map(len, BEGUN)]),
     "prompts of one token": ([[5, 7, 8], [6, 9, 3]], [1, 1]),
 }
 
@@ -287,13 +289,14 @@ def test_scores_and_gradients_are_those_of_log_softmax_over_temperature_whatever
     torch.testing.assert_close(gradient.double(), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_prompt_is_computed_once_for_all_its_rows(model):
+def test_a_prompt_is_computed_once_for_all_its_rows_and_a_long_common_beginning_once_for_all_prompts(model):
     positions, (ids, mask) = [], right_padded(*BATCHES["shared prompts"])
     model.model.layers[0].register_forward_hook(lambda _, __, output: positions.append(output.shape[:2]))
     completion_log_probs(model, ids, mask, 1.0)
     completion_log_probs(model, ids[:3], mask[:3], 1.0)
+    completion_log_probs(model, *right_padded(*BATCHES["shared beginning"]), 1.0)
     # Prompts without their last token, which predicts the first of a completion; then three that share nothing.
-    assert positions == [(3, 4), (7, 9), (3, 13)]
+    assert positions == [(3, 4), (7, 9), (3, 13), (1, 11), (3, 5), (7, 9)]
 
 
 def test_bf16_model_gives_fp32_log_probs_close_to_the_oracle_in_sampling_and_scoring():
@@ -309,10 +312,12 @@ def test_bf16_model_gives_fp32_log_probs_close_to_the_oracle_in_sampling_and_sco
             torch.testing.assert_close(ours.double(), exact, atol=0.005, rtol=0)
 
 
-def test_gradient_is_the_same_bit_for_bit_on_two_threads_every_time(request):
+@pytest.mark.parametrize("beginning", [0, 20])
+def test_gradient_is_the_same_bit_for_bit_on_two_threads_every_time(request, beginning):
     request.addfinalizer(lambda: torch.set_num_threads(1))  # as in conftest.py
     model, seen = make_model(hidden_size=64, num_hidden_layers=1), set()
-    rows = map(list.__add__, random_prompts([40, 40]) * 32, random_prompts([4] * 64))  # large enough for threads
+    prompts = prompts_after(beginning, [40 - beginning] * 2)
+    rows = map(list.__add__, prompts * 32, random_prompts([4] * 64))  # large enough for threads
     ids, mask = right_padded(list(rows), [40] * 64)
     torch.set_num_threads(2)
     for _ in range(3):

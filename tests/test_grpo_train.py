@@ -318,22 +318,25 @@ def test_lora_that_contradicts_the_models_adapter_or_has_no_such_linear_layer_is
             make_policy(make_model(), LoRA(target_modules=["q_proj", name]), False)
 
 
-@pytest.mark.parametrize("kind", ["prompts shared", "gradient checkpointing", "sliding window"])
+@pytest.mark.parametrize("kind", ["prompts shared", "beginning shared", "gradient checkpointing", "sliding window"])
 def test_micro_batches_hold_whole_groups_within_the_budget_of_positions_that_the_model_computes(kind):
     window = {"use_sliding_window": kind == "sliding window", "sliding_window": 8, "max_window_layers": 0}
     model = make_policy(make_model(**window), LoRA(rank=4), kind == "gradient checkpointing")
-    network, (prompts, G), positions = model.get_base_model(), (random_prompts([40, 44, 38, 41]), 4), []
+    network, prompts, G, positions = model.get_base_model(), random_prompts([40, 44, 38, 41]), 4, []
+    if kind == "beginning shared":
+        prompts = [prompts[0][:30] + prompt[30:] for prompt in prompts]
     uniforms = torch.rand(16, MAX_NEW, generator=torch.Generator().manual_seed(3))
     completions = generate(model, prompts, settings(MAX_NEW, [EOS, 5]), G, uniforms)
-    weights, is_shared = torch.tensor([1.0, 1, 1, 0] * 4), kind == "prompts shared"
+    weights, is_shared = torch.tensor([1.0, 1, 1, 0] * 4), kind.endswith(" shared")
     assert shares_prompts(network) == is_shared
-    batches = grpo_train.make_micro_batches(prompts, completions, weights, weights, 260, is_shared)
+    budget = 220 if kind == "beginning shared" else 260
+    batches = grpo_train.make_micro_batches(prompts, completions, weights, weights, budget, is_shared)
     assert len(batches) == (2 if is_shared else 3) and sum(len(batch.ids) for batch in batches) == 12
     network.get_input_embeddings().register_forward_hook(lambda _, inputs, __: positions.append(inputs[0].numel()))
     for batch in batches:
         positions.clear()
         completion_log_probs(model, batch.ids, batch.mask, 1.0)
-        assert 130 < sum(positions) <= 260
+        assert 130 < sum(positions) <= budget
         starts = batch.mask.int().argmax(1)
         prompts_in = {tuple(row[:start].tolist()) for row, start in zip(batch.ids, starts, strict=True)}
         assert not is_shared or len(batch.ids) == 3 * len(prompts_in)  # whole groups, but for rows without weight
