@@ -1,15 +1,17 @@
-"""ES compared with the published algorithm, on the embedded model.
+"""ES compared with the published algorithm.
 
     python benchmarks/es_against_published.py                             # seconds per step, memory
     python benchmarks/es_against_published.py --curves                    # also accuracy over training time
     python benchmarks/es_against_published.py --rounds 1 --curves 2       # a quick try
+    python benchmarks/es_against_published.py --config recipes/es_math_expr_smollm2.yml model=FOLDER \
+        population_size=16 prompts_per_iteration=8 population_batch=16    # a real model
 
-1. Seconds per step at 32 members x 16 prompts. `Published` follows countdown/es_fine-tuning_countdown.py of
-   github.com/VsonicV/es-fine-tuning-paper: add noise to the weights in place, call `model.generate` on all prompts in
-   one batch, subtract the noise, and after the last member update the weights in place. This project runs as
-   es_train.py, with `low_rank` and with `gaussian`, whose noise has the published distribution. In each round, each of
-   the three makes two steps from the same weights with the same rewards, and the second step is timed. Scoring counts
-   for all three; loading, encoding, logging and evaluation for none.
+1. Seconds per step, by default at 32 members x 16 prompts of the embedded model. `Published` follows
+   countdown/es_fine-tuning_countdown.py of github.com/VsonicV/es-fine-tuning-paper: add noise to the weights in place,
+   call `model.generate` on all prompts in one batch, subtract the noise, and after the last member update the weights
+   in place. This project runs as es_train.py, with `low_rank` and with `gaussian`, whose noise has the published
+   distribution. In each round, each of the three makes two steps from the same weights with the same rewards, and the
+   second step is timed. Scoring counts for all three; loading, encoding, logging and evaluation for none.
 2. The share of each phase in a `low_rank` step, from the log of es_train.py.
 3. The peak memory of one `low_rank` generation, and of a plain batch with as many rows, each in a process of its own.
 4. With --curves: held-out accuracy over training time, without the time of evaluation.
@@ -38,19 +40,15 @@ import utils
 from generation import generate
 from reward import score
 
+ROOT = Path(__file__).resolve().parent.parent
 WAYS, PHASES = ("low_rank", "gaussian", "published"), ("rollout", "update", "reward")
-
-
-def make_config(**more):
-    model = Path(__file__).resolve().parent.parent / "tiny_model"
-    return es_train.ESConfig(model=str(model), device="cpu", **more)
 
 
 class Published:
     """Algorithm 2 of arXiv:2509.24372 as in its authors' code. Its noise restarts at every tensor."""
 
     def __init__(self, config):
-        self.config, self.setup = config, utils.set_up(config, "float32", batch_size=512)
+        self.config, self.setup = config, utils.set_up(config, config.dtype, batch_size=512)
         self.model, self.rng = self.setup.model.requires_grad_(False), np.random.RandomState(config.seed)
 
     def noise(self, parameter, seed):
@@ -88,24 +86,24 @@ class Published:
         return time.perf_counter() - start, num_tokens
 
 
-def run_here(**more):
+def run_here(config, **more):
     """The scalars of a run of es_train.py in this process, {tag: {step: value}}."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        es_train.main(make_config(log_dir=folder, run_name="run", **more))
+        es_train.main(config.model_copy(update={"log_dir": folder, "run_name": "run", **more}))
         events = EventAccumulator(str(Path(folder) / "run")).Reload()
         return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
-def time_steps(rounds):
+def time_steps(config, rounds):
     """{way: (seconds, tokens) of each timed step}, and the logs of low_rank."""
     steps, logs = {way: [] for way in WAYS}, {way: [] for way in WAYS}
     for seed in range(rounds):
         for way in ("low_rank", "gaussian"):
-            log = run_here(num_iterations=2, eval_size=8, seed=seed, perturbation=way)
+            log = run_here(config, num_iterations=2, eval_size=8, seed=seed, perturbation=way)
             tokens = log["progress/generated_tokens"]
             steps[way].append((log["time/step"][2], tokens[2] - tokens[1]))
             logs[way].append(log)
-        published = Published(make_config(seed=seed, eval_size=8))
+        published = Published(config.model_copy(update={"seed": seed, "eval_size": 8}))
         steps["published"].append([published.take_step(step) for step in (0, 1)][1])
     return steps, logs["low_rank"]
 
@@ -115,11 +113,10 @@ def resident_mib(field):
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
-def generation_memory(way):
-    """MiB of resident memory that generating for 32 members x 16 prompts adds at its peak."""
-    config = make_config(eval_size=1)
+def generation_memory(config, way):
+    """MiB of resident memory that generating for all members adds at its peak."""
     N, P = config.population_size, config.prompts_per_iteration
-    setup = utils.set_up(config, "float32", batch_size=N * P)
+    setup = utils.set_up(config, config.dtype, batch_size=N * P)
     parameters = dict(setup.model.requires_grad_(False).named_parameters())
     shapes, problems = es_train.noise_shapes(parameters, "low_rank", config.rank), setup.train_set[:P]
     prompts = [problem.ids for problem in problems]
@@ -133,14 +130,14 @@ def generation_memory(way):
     return resident_mib("VmHWM") - before
 
 
-def curves(num_steps, every):
+def curves(config, num_steps, every):
     """{way: [(seconds of training, held-out accuracy), ...]}"""
     points = {}
     for way in ("low_rank", "gaussian"):
-        log = run_here(num_iterations=num_steps, eval_every=every, perturbation=way)
+        log = run_here(config, num_iterations=num_steps, eval_every=every, perturbation=way)
         seconds = {0: 0.0, **log["progress/seconds"]}
         points[way] = [(seconds[step], accuracy) for step, accuracy in log["eval/strict_accuracy"].items()]
-    published, clock = Published(make_config()), 0.0
+    published, clock = Published(config), 0.0
     points["published"] = [(0.0, utils.evaluate(published.setup)[0]["strict_accuracy"])]
     for step in range(1, num_steps + 1):
         clock += published.take_step(step - 1)[0]
@@ -153,16 +150,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each way (%(default)s)")
     parser.add_argument("--curves", type=int, nargs="?", const=30, metavar="STEPS", help="also train (%(const)s steps)")
+    parser.add_argument("--config", default=str(ROOT / "es_config.yml"), help="the config of all (%(default)s)")
     parser.add_argument("--memory-of", choices=["population", "plain"], help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the config")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
+    config = utils.load_config(es_train.ESConfig, arguments.config, [*arguments.overrides, "device=cpu"])
+    model = ROOT / config.model if (ROOT / config.model).is_dir() else config.model
+    config = config.model_copy(update={"model": str(model)})
     if arguments.memory_of:
-        print(generation_memory(arguments.memory_of))
+        print(generation_memory(config, arguments.memory_of))
         return
 
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}\n")
-    steps, logs = time_steps(arguments.rounds)
-    print("| 32 members x 16 prompts | seconds per step, median (range) | published / this | tokens |")
+    steps, logs = time_steps(config, arguments.rounds)
+    size = f"{config.population_size} members x {config.prompts_per_iteration} prompts"
+    print(f"| {size} | seconds per step, median (range) | published / this | tokens |")
     print("|---|---|---|---|")
     for way, values in steps.items():
         seconds, tokens = zip(*values, strict=True)
@@ -174,7 +177,7 @@ def main():
 
     memory = {}
     for way in ("population", "plain"):
-        command = [sys.executable, __file__, "--memory-of", way]
+        command = [sys.executable, __file__, "--memory-of", way, "--config", arguments.config, *arguments.overrides]
         runs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(3)]
         memory[way] = statistics.median(map(float, runs))
     print(f"\npeak memory of generation: {memory['population']:.0f} MiB for the population, ", end="")
@@ -182,7 +185,7 @@ def main():
 
     if arguments.curves:
         print("\n| way | strict accuracy (after seconds of training) |\n|---|---|")
-        for way, points in curves(arguments.curves, every=min(5, arguments.curves)).items():
+        for way, points in curves(config, arguments.curves, every=min(5, arguments.curves)).items():
             print(f"| {way} | {', '.join(f'{value:.1%} ({clock:.0f} s)' for clock, value in points)} |")
 
 
