@@ -3,8 +3,9 @@
     python benchmarks/update_memory.py --config recipes/grpo_math_expr_smollm2.yml model=FOLDER dtype=float32
 
 Each cell is a process of its own: the config's model, adapter and prompts, 64 prompts x 8 completions of
-`max_new_tokens` random tokens, of which the first micro-batch is computed. On a CPU, memory is the growth of the
-process's peak resident size over its size before; on a GPU, the peak that PyTorch has allocated, less the weights.
+`max_new_tokens` random tokens, of which the first micro-batch is computed. "Saved" is what the forward pass saves for
+the backward pass, which does not depend on the machine. "Peak" is, on a CPU, the growth of the process's peak resident
+size over its size before; on a GPU, the peak that PyTorch has allocated, less the weights.
 """
 
 import argparse
@@ -31,7 +32,7 @@ def resident_gib(field):
 
 
 def measure(config):
-    """Print rows, positions and GiB of the first micro-batch."""
+    """Print rows, positions, saved and peak GiB of the first micro-batch."""
     setup = utils.set_up(config, config.dtype, autocast=config.dtype == "bfloat16")
     policy = grpo_train.make_policy(setup.model, config.lora, config.gradient_checkpointing)
     prompts, C, positions = [problem.ids for problem in setup.train_set[:64]], config.max_new_tokens, []
@@ -44,10 +45,19 @@ def measure(config):
     embedding, on_gpu = policy.get_input_embeddings(), policy.device.type == "cuda"
     embedding.register_forward_hook(lambda _, inputs, __: positions.append(inputs[0].numel()))
     before = torch.cuda.memory_allocated() / 2**30 if on_gpu else resident_gib("VmRSS")
-    loss, *_ = grpo_train.micro_batch_loss(policy, batches[0], config, None, setup.accelerator.autocast)
+    weights, saved = {p.untyped_storage().data_ptr() for p in policy.parameters()}, {}
+
+    def note(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        loss, *_ = grpo_train.micro_batch_loss(policy, batches[0], config, None, setup.accelerator.autocast)
     loss.backward()
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else resident_gib("VmHWM")
-    print(len(batches[0].ids), sum(positions), peak - before)
+    print(len(batches[0].ids), sum(positions), sum(saved.values()) / 2**30, peak - before)
 
 
 def main():
@@ -61,15 +71,19 @@ def main():
     if arguments.child:
         measure(load(["eval_size=1", *arguments.overrides]))
         return
-    print("| micro_batch_tokens | gradient_checkpointing | rows | positions | GiB | MiB per position |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| micro_batch_tokens | gradient_checkpointing | rows | positions | saved, GiB | MiB per position | peak, GiB |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for checkpointing in ("false", "true"):
         for tokens in arguments.tokens:
             keys = [f"micro_batch_tokens={tokens}", f"gradient_checkpointing={checkpointing}"]
             command = [sys.executable, __file__, "--child", "--config", arguments.config, *arguments.overrides, *keys]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            rows, positions, gib = map(float, done.stdout.split()[-3:])
-            cells = f"{rows:.0f} | {positions:,.0f} | {gib:.2f} | {gib * 1024 / positions:.2f}"
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            cells = "not enough memory | | | |"
+            if done.returncode == 0:
+                rows, positions, saved, peak = map(float, done.stdout.split()[-4:])
+                cells = f"{rows:.0f} | {positions:,.0f} | {saved:.2f} | {saved * 1024 / positions:.2f} | {peak:.2f}"
             print(f"| {tokens:,} | {checkpointing} | {cells} |", flush=True)
 
 
