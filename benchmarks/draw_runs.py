@@ -1,9 +1,9 @@
-"""Draw the held-out accuracy of some runs over minutes of training and over generated tokens.
+"""Plot the held-out accuracy of runs over minutes of training and over generated tokens.
 
     pip install matplotlib==3.11.2
     python benchmarks/draw_runs.py runs.png grpo_logs/first "grpo_logs/second=learning rate 1e-4"
 
-Each run is its folder, and optionally "=" and its name in the legend.
+Each run is a folder, optionally followed by "=" and its name in the legend.
 """
 
 import sys

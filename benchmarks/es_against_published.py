@@ -1,4 +1,4 @@
-"""ES compared with the published algorithm.
+"""Compare ES with the published algorithm.
 
     python benchmarks/es_against_published.py                             # seconds per step, memory
     python benchmarks/es_against_published.py --curves                    # also accuracy over training time
@@ -6,21 +6,21 @@
     python benchmarks/es_against_published.py --config recipes/es_math_expr_smollm2.yml model=FOLDER \
         population_size=16 prompts_per_iteration=8 population_batch=16    # a real model
 
-1. Seconds per step, by default at 32 members x 16 prompts of the embedded model. `Published` follows
-   countdown/es_fine-tuning_countdown.py of github.com/VsonicV/es-fine-tuning-paper: add noise to the weights in place,
-   call `model.generate` on all prompts in one batch, subtract the noise, and after the last member update the weights
-   in place. This project runs as es_train.py, with `low_rank` and with `gaussian`, whose noise has the published
-   distribution. In each round, each of the three makes two steps from the same weights with the same rewards, and the
-   second step is timed. Scoring counts for all three; loading, encoding, logging and evaluation for none.
+`Published` follows countdown/es_fine-tuning_countdown.py of github.com/VsonicV/es-fine-tuning-paper. For each member,
+it adds noise to the weights in place, calls `model.generate` on all prompts in one batch, and subtracts the noise. Then
+it updates the weights in place. es_train.py runs with `low_rank` and with `gaussian` (the published noise).
+
+1. Seconds per step, by default with 32 members x 16 prompts of the embedded model. In each round, each method makes two
+   steps from the same weights with the same reward functions. The second step is timed. The time includes scoring, but
+   not loading, encoding, logging and evaluation.
 2. The share of each phase in a `low_rank` step, from the log of es_train.py.
-3. The peak memory of one `low_rank` generation, and of a plain batch with as many rows, each in a process of its own.
-4. With --curves: held-out accuracy over training time, without the time of evaluation.
+3. Peak memory of one `low_rank` generation and of a plain batch with as many rows, each in its own process.
+4. With --curves: held-out accuracy over training time, evaluation excluded.
 """
 
 import argparse
 import contextlib
 import io
-import re
 import statistics
 import subprocess
 import sys
@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from grpo_against_trl import resident_mib
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -45,7 +46,7 @@ WAYS, PHASES = ("low_rank", "gaussian", "published"), ("rollout", "update", "rew
 
 
 class Published:
-    """Algorithm 2 of arXiv:2509.24372 as in its authors' code. Its noise restarts at every tensor."""
+    """Algorithm 2 of arXiv:2509.24372 as its authors implement it: the noise stream restarts at every tensor."""
 
     def __init__(self, config):
         self.config, self.setup = config, utils.set_up(config, config.dtype, batch_size=512)
@@ -59,7 +60,7 @@ class Published:
             parameter.add_(scale * self.noise(parameter, seed))
 
     def take_step(self, step):
-        """Returns the seconds that it took, and the number of tokens generated, up to end tokens."""
+        """Make one step. Return its seconds and the number of generated tokens."""
         start = time.perf_counter()
         config, tokenizer = self.config, self.setup.tokenizer
         problems = utils.draw_problems(self.setup.train_set, step, config.prompts_per_iteration, config.seed)
@@ -87,7 +88,7 @@ class Published:
 
 
 def run_here(config, **more):
-    """The scalars of a run of es_train.py in this process, {tag: {step: value}}."""
+    """Run es_train.py in this process and return its scalars, {tag: {step: value}}."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         es_train.main(config.model_copy(update={"log_dir": folder, "run_name": "run", **more}))
         events = EventAccumulator(str(Path(folder) / "run")).Reload()
@@ -95,7 +96,7 @@ def run_here(config, **more):
 
 
 def time_steps(config, rounds):
-    """{way: (seconds, tokens) of each timed step}, and the logs of low_rank."""
+    """Return {way: [(seconds, tokens) of each timed step]} and the logs of low_rank."""
     steps, logs = {way: [] for way in WAYS}, {way: [] for way in WAYS}
     for seed in range(rounds):
         for way in ("low_rank", "gaussian"):
@@ -108,19 +109,14 @@ def time_steps(config, rounds):
     return steps, logs["low_rank"]
 
 
-def resident_mib(field):
-    """Memory of this process: now with VmRSS, at its peak with VmHWM. Linux only."""
-    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-
-
 def generation_memory(config, way):
-    """MiB of resident memory that generating for all members adds at its peak."""
+    """Peak resident memory in MiB that generation for all members adds."""
     N, P = config.population_size, config.prompts_per_iteration
     setup = utils.set_up(config, config.dtype, batch_size=N * P)
     parameters = dict(setup.model.requires_grad_(False).named_parameters())
     shapes, problems = es_train.noise_shapes(parameters, "low_rank", config.rank), setup.train_set[:P]
     prompts = [problem.ids for problem in problems]
-    generate(setup.model, prompts[:2], setup.settings)  # loads libraries and starts threads
+    generate(setup.model, prompts[:2], setup.settings)  # load libraries and start threads
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = resident_mib("VmRSS")
     if way == "population":
@@ -131,7 +127,7 @@ def generation_memory(config, way):
 
 
 def curves(config, num_steps, every):
-    """{way: [(seconds of training, held-out accuracy), ...]}"""
+    """Return {way: [(seconds of training, held-out accuracy), ...]}."""
     points = {}
     for way in ("low_rank", "gaussian"):
         log = run_here(config, num_iterations=num_steps, eval_every=every, perturbation=way)
@@ -148,11 +144,11 @@ def curves(config, num_steps, every):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each way (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps per method (%(default)s)")
     parser.add_argument("--curves", type=int, nargs="?", const=30, metavar="STEPS", help="also train (%(const)s steps)")
-    parser.add_argument("--config", default=str(ROOT / "es_config.yml"), help="the config of all (%(default)s)")
+    parser.add_argument("--config", default=str(ROOT / "es_config.yml"), help="YAML file (%(default)s)")
     parser.add_argument("--memory-of", choices=["population", "plain"], help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys to override")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
     config = utils.load_config(es_train.ESConfig, arguments.config, [*arguments.overrides, "device=cpu"])
@@ -165,8 +161,7 @@ def main():
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}\n")
     steps, logs = time_steps(config, arguments.rounds)
     size = f"{config.population_size} members x {config.prompts_per_iteration} prompts"
-    print(f"| {size} | seconds per step, median (range) | published / this | tokens |")
-    print("|---|---|---|---|")
+    print(f"| {size} | seconds per step, median (range) | published / this | tokens |\n|---|---|---|---|")
     for way, values in steps.items():
         seconds, tokens = zip(*values, strict=True)
         gain = statistics.median(p / s for (p, _), s in zip(steps["published"], seconds, strict=True))
@@ -181,10 +176,10 @@ def main():
         runs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(3)]
         memory[way] = statistics.median(map(float, runs))
     print(f"\npeak memory of generation: {memory['population']:.0f} MiB for the population, ", end="")
-    print(f"{memory['plain']:.0f} MiB for a plain batch: {memory['population'] / memory['plain']:.2f} times as much")
+    print(f"{memory['plain']:.0f} MiB for a plain batch ({memory['population'] / memory['plain']:.2f}x)")
 
     if arguments.curves:
-        print("\n| way | strict accuracy (after seconds of training) |\n|---|---|")
+        print("\n| method | strict accuracy (after seconds of training) |\n|---|---|")
         for way, points in curves(config, arguments.curves, every=min(5, arguments.curves)).items():
             print(f"| {way} | {', '.join(f'{value:.1%} ({clock:.0f} s)' for clock, value in points)} |")
 

@@ -1,25 +1,24 @@
-"""GRPO compared with TRL's GRPOTrainer: the same model, problems, rewards, LoRA, optimizer and loss.
+"""Compare GRPO with TRL's GRPOTrainer: same model, problems, rewards, LoRA, optimizer and loss.
 
     python benchmarks/grpo_against_trl.py --trl-python TRL/bin/python
 
-TRL imports the Hugging Face package `datasets`, whose name datasets.py has here, so it needs its own environment:
+TRL needs its own environment, because it imports the Hugging Face package `datasets` and datasets.py has that name:
 
     python -m venv TRL && TRL/bin/pip install torch==2.13.0 trl==1.16.0 peft==0.21.2
 
-The two take turns. Each run trains in its own process with the same config and a constant learning rate, on the same
-prompts in the same order. Neither evaluates or saves meanwhile. TRL runs in the config's dtype without gradient
-checkpointing, as this project does. --trl-micro-batch is the number of completions of which TRL computes gradients at
-once: set it to the value with which TRL is fastest. A real model, with few-shot examples:
+Runs alternate, each in its own process, with the same config, a constant learning rate and the same prompts in the same
+order. Neither project evaluates or saves during training. TRL uses the config's dtype and no gradient checkpointing,
+as this project does. Set --trl-micro-batch to the fastest value for TRL. A real model with few-shot examples:
 
     python benchmarks/grpo_against_trl.py --trl-python TRL/bin/python --steps 3 --rounds 2 --trl-micro-batch 16 \
         --config recipes/grpo_math_expr_smollm2.yml model=FOLDER dtype=float32
 
-One difference is deliberate: this project leaves groups with equal rewards out of the update, as they have no gradient.
-TRL computes on all of them. The output has the share of these groups.
+One difference is deliberate: this project skips zero-variance groups in the update, because they have no gradient. TRL
+computes all groups. The output has the share of zero-variance groups.
 
-A step's seconds run from its start to the start of the next one, logging included, without the first step. Rollout is
-`model.generate` and the code around it in TRL, and the rollout phase here. Memory is the resident size of the process.
-Both final adapters answer the same held-out problems greedily. Without --trl-python, only this project is measured.
+A step lasts from its start to the start of the next one, logging included; the first and the last do not count. Rollout
+is `model.generate` and the code around it in TRL, and the rollout phase here. Memory is the resident size of a process.
+Both final adapters answer the same held-out problems greedily. Without --trl-python, only this project runs.
 """
 
 import argparse
@@ -36,11 +35,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def resident_mib(field):
-    """Memory of this process: now with VmRSS, at its peak with VmHWM. Linux only."""
+    """Resident memory of this process in MiB: now (VmRSS) or at its peak (VmHWM). Linux only."""
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
-# --- The two ways: each runs in its own process and leaves its adapter in folder/model --------------------------------
+# --- Training: each method runs in its own process and saves its adapter in folder/model ------------------------------
 
 
 def train_with_trl(folder, config, micro_batch):
@@ -51,12 +50,12 @@ def train_with_trl(folder, config, micro_batch):
 
     from datasets import Dataset  # Hugging Face's
 
-    sys.path.append(str(ROOT))  # behind the packages: `datasets` stays Hugging Face's
+    sys.path.append(str(ROOT))  # last, so that `datasets` is still Hugging Face's
     from reward import REWARDS
 
     problems = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(config["model"])
-    assert all(tokenizer(p["prompt"]).input_ids == p["ids"] for p in problems), "the prompts are different ones"
+    assert all(tokenizer(p["prompt"]).input_ids == p["ids"] for p in problems), "prompt token ids differ"
     starts, memory, rollout, lora = [], [], [], config["lora"]
 
     class Starts(TrainerCallback):
@@ -132,16 +131,16 @@ def train_here(folder, config):
     grpo_train.main(grpo_train.GRPOConfig(**config | {"eval_size": 1, "log_dir": str(folder), "run_name": "run"}))
     (folder / "run" / "model").rename(folder / "model")
     events = EventAccumulator(str(folder / "run"), size_guidance={"scalars": 0}).Reload()
-    tags = {"rollout": "time/rollout", "rewards": "reward/mean", "equal": "reward/equal_groups"}
+    tags = {"rollout": "time/rollout", "rewards": "reward/mean", "equal": "reward/zero_variance_groups"}
     scalars = {name: [event.value for event in events.Scalars(tag)] for name, tag in tags.items()}
     return {"starts": starts, "before": memory[0], **scalars}
 
 
-# --- Both in turn -----------------------------------------------------------------------------------------------------
+# --- Runs and report --------------------------------------------------------------------------------------------------
 
 
 def run(way, python, config, micro_batch):
-    """Train in a process of its own. Returns what it measured, and the accuracy of its adapter."""
+    """Train in a separate process. Return its measurements and the accuracy of its adapter."""
     import utils
 
     setup, num_steps = utils.set_up(config, "float32"), config.num_steps
@@ -165,7 +164,7 @@ def spread(values, form):
 
 
 def report(results):
-    """results: {way: runs}"""
+    """Print the table. results: {way: runs}"""
     seconds = {}
     print("\n| median (range) | seconds per step | rollout | everything else | strict accuracy after training ", end="")
     print("| reward, last 5 steps | peak memory, MiB | added by training |\n|---|---|---|---|---|---|---|---|")
@@ -184,29 +183,26 @@ def report(results):
         ]
         print(f"| {way} | {' | '.join(cells)} |")
     equal = statistics.mean(share for run in results["here"] for share in run["equal"])
-    print(f"\ngroups with equal rewards here: {equal:.0%}")
+    print(f"\nzero-variance groups here: {equal:.0%}")
     if "TRL" in seconds:
         print(f"steps per second: {seconds['TRL'] / seconds['here']:.1f} times TRL's")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trl-python", help="the Python of an environment with TRL")
-    parser.add_argument("--steps", type=int, default=30, help="steps of each run, at least 3 (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each, with seeds 0, 1, ... (%(default)s)")
+    parser.add_argument("--trl-python", help="Python of an environment with TRL")
+    parser.add_argument("--steps", type=int, default=30, help="steps per run, at least 3 (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs per project, with seeds 0, 1, ... (%(default)s)")
     parser.add_argument("--trl-micro-batch", type=int, default=64, help="completions per backward pass (%(default)s)")
-    parser.add_argument("--config", default=str(ROOT / "grpo_config.yml"), help="the config of both (%(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the config")
+    parser.add_argument("--config", default=str(ROOT / "grpo_config.yml"), help="YAML file (%(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys to override")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         way, folder = arguments.child[0], Path(arguments.child[1])
         config = json.loads((folder / "config.json").read_text())
-        if way == "TRL":
-            result = train_with_trl(folder, config, arguments.trl_micro_batch)
-        else:
-            result = train_here(folder, config)
-        (folder / "result.json").write_text(json.dumps({**result, "peak": resident_mib("VmHWM")}))
+        out = train_with_trl(folder, config, arguments.trl_micro_batch) if way == "TRL" else train_here(folder, config)
+        (folder / "result.json").write_text(json.dumps({**out, "peak": resident_mib("VmHWM")}))
         return
 
     sys.path.insert(0, str(ROOT))
@@ -219,11 +215,11 @@ def main():
     same = ["device=cpu", "lr_schedule=constant", "warmup_steps=0", "scale_advantages=group"]
     same += [f"{key}={arguments.steps}" for key in ("num_steps", "eval_every", "checkpoint_every")]
     config = load_config(GRPOConfig, arguments.config, [*arguments.overrides, *same])
-    model = ROOT / config.model if (ROOT / config.model).is_dir() else config.model  # the runs have other folders
+    model = ROOT / config.model if (ROOT / config.model).is_dir() else config.model  # runs have another cwd
     config = config.model_copy(update={"model": str(model)})
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}")
     pythons = {"here": sys.executable}
-    if arguments.trl_python:  # not resolved: an environment's python is a link, and the target has other packages
+    if arguments.trl_python:  # do not resolve this symlink: its target lacks the environment's packages
         pythons = {"TRL": str(Path(arguments.trl_python).absolute()), **pythons}
     results = {way: [] for way in pythons}
     for seed in range(arguments.rounds):

@@ -4,10 +4,9 @@
     python benchmarks/grpo_and_es.py LOGS
     python benchmarks/grpo_and_es.py LOGS --steps 6 --seeds 1 --results /tmp        # a quick try
 
-Run each script with its default config for 60 steps, ES also with `gaussian` noise for 40 steps, with three seeds each,
-one run at a time, evaluating every 5 steps. A run that is complete in LOGS is not repeated: use a new folder after a
-change of the code. Write grpo_and_es.png and grpo_and_es.md. Time is `progress/seconds`, the time of training without
-start-up and evaluation.
+Run each script with its default config for 60 steps, and ES with `gaussian` noise for 40 steps, with three seeds each.
+Runs go one at a time and evaluate every 5 steps. Complete runs in LOGS are reused; use a new folder after code changes.
+Write grpo_and_es.png and grpo_and_es.md. Time is `progress/seconds`, which excludes startup and evaluation.
 """
 
 import argparse
@@ -23,7 +22,7 @@ import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT, TARGET = Path(__file__).resolve().parent.parent, 0.9
-WAYS = {  # script, most steps, overrides, color
+WAYS = {  # script, maximum steps, overrides, color
     "GRPO": ("grpo_train.py", 60, "num_steps={}", "#4269d0"),
     "ES, low_rank": ("es_train.py", 60, "num_iterations={} perturbation=low_rank", "#d1495b"),
     "ES, gaussian": ("es_train.py", 40, "num_iterations={} perturbation=gaussian", "#3a7d44"),
@@ -31,7 +30,7 @@ WAYS = {  # script, most steps, overrides, color
 
 
 def train(way, seed, num_steps, logs):
-    """Run one way with one seed, if `logs` does not have the run. Returns its folder."""
+    """Run one method with one seed, unless `logs` has that run. Return its folder."""
     script, most_steps, overrides, _ = WAYS[way]
     folder = logs / f"{way.replace(', ', '-')}-{seed}"
     if not (folder / "model").exists():
@@ -43,7 +42,7 @@ def train(way, seed, num_steps, logs):
 
 
 def read_curve(folder):
-    """Step, seconds, generated tokens and strict accuracy of each evaluation, as lists."""
+    """Return step, seconds, generated tokens and strict accuracy of each evaluation, as lists."""
     events = EventAccumulator(str(folder)).Reload()
     tags = ("eval/strict_accuracy", "progress/seconds", "progress/generated_tokens")
     accuracy, seconds, tokens = ({event.step: event.value for event in events.Scalars(tag)} for tag in tags)
@@ -52,7 +51,7 @@ def read_curve(folder):
 
 
 def cells(curves):
-    """The row of the table that describes all runs of one way."""
+    """Yield the table cells for all runs of one method."""
     first = [next((i for i, y in enumerate(curve["accuracy"]) if y >= TARGET), None) for curve in curves]
     final = [curve["accuracy"][-1] for curve in curves]
     if None in first:
@@ -68,7 +67,7 @@ def cells(curves):
 
 
 def draw(curves, path):
-    """Median and range over seeds. All runs of a way evaluate at the same steps."""
+    """Plot median and range over seeds. All runs of a method evaluate at the same steps."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
     labels = {"seconds": f"seconds of training, {torch.get_num_threads()} threads", "tokens": "generated tokens"}
     for axis, (key, label) in zip(axes, labels.items(), strict=True):
@@ -90,17 +89,15 @@ def draw(curves, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("logs", type=Path, help="folder for the runs")
-    parser.add_argument("--steps", type=int, default=60, help="at most so many in each run (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each way, with seeds 0, 1, ... (%(default)s)")
-    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder to write to (%(default)s)")
+    parser.add_argument("--steps", type=int, default=60, help="maximum steps per run (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs per method, with seeds 0, 1, ... (%(default)s)")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="output folder (%(default)s)")
     arguments = parser.parse_args()
     logs, seeds = arguments.logs.resolve(), range(arguments.seeds)
     curves = {way: [read_curve(train(way, seed, arguments.steps, logs)) for seed in seeds] for way in WAYS}
     matplotlib.use("Agg")
     draw(curves, arguments.results / "grpo_and_es.png")
-    columns = (
-        f"steps to {TARGET:.0%} | training time | tokens generated | at the end, mean | minimum after {TARGET:.0%}"
-    )
+    columns = f"steps to {TARGET:.0%} | training time | generated tokens | final, mean | minimum after {TARGET:.0%}"
     rows = [f"| {way} | {' | '.join(cells(runs))} |" for way, runs in curves.items()]
     table = "\n".join([f"| | {columns} |", "|---|---|---|---|---|---|", *rows])
     about = f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}; "

@@ -1,22 +1,22 @@
-"""GRPO and ES at the sizes of real models, compared with plain implementations and with the limits of the hardware.
+"""Compare GRPO and ES at the sizes of real models with plain implementations and hardware limits.
 
-    python benchmarks/real_sizes.py --problems train.jsonl                                    # needs a GPU of 80 GB
+    python benchmarks/real_sizes.py --problems train.jsonl                                    # needs an 80 GB GPU
     python benchmarks/real_sizes.py --problems train.jsonl --sizes toy --prompts 4 --samples 4 --new-tokens 16 \
-        --members 4                                                                           # tries it out on a CPU
+        --members 4                                                                           # a quick try on a CPU
 
-Models have the geometry of Qwen2.5 and random bf16 weights with a standard deviation of 0.05: with less, greedy answers
-repeat one token. No completion ends by itself, so every way decodes the same number of tokens. Prompts come from the
-published file of GSM8K, one token per word or sign, which makes them about as long as with Qwen's tokenizer.
+Models have the geometry of Qwen2.5 and random bf16 weights with a standard deviation of 0.05: with less, greedy
+decoding repeats one token. No completion ends early, so every method decodes the same number of tokens. Prompts come
+from the published file of GSM8K, one token per word or symbol. They are about as long as with Qwen's tokenizer.
 
-- ES: one step without scoring. A low-rank population in one batch is compared with members that answer one after the
-  other through model.generate, with noise added in place and subtracted again: one member's time, times their number.
-  The fp32 master counts in the peak memory of both.
-- Rollout: "graphs" is generation.generate, "eager" the same without CUDA graphs, "generate" is model.generate of
-  transformers, all with the adapter and under autocast. A decode step takes the time for all tokens minus the time for
-  one, over the number of other tokens. Its floor is the bytes of weights, keys and values over the measured copy rate.
-- Update: one optimizer step on all completions. Its model FLOPs per second are compared with the measured rate of bf16
-  matrix products. They are 4 per weight and position (a forward pass, and a backward pass without the gradients of
-  frozen weights) plus attention. Each prompt counts once, and lm_head counts for completion tokens only.
+- ES: one step without scoring. "low_rank" decodes the population in one batch. "member after member" adds noise in
+  place, calls model.generate and subtracts the noise: the time of one member, times the number of members. Peak memory
+  of both includes the fp32 master.
+- Rollout: "graphs" is generation.generate, "eager" the same without CUDA graphs, "generate" model.generate. All use the
+  adapter and autocast. A decode step takes (time for all tokens - time for one token) / (tokens - 1). Its floor is the
+  bytes of weights, keys and values over the measured copy rate.
+- Update: one optimizer step on all completions. Its FLOP/s are compared with the measured rate of bf16 matrix products.
+  They count 4 FLOPs per weight and position (forward pass, and backward pass without the gradients of frozen weights)
+  plus attention. Each prompt counts once, and lm_head counts for completion tokens only.
 """
 
 import argparse
@@ -41,7 +41,7 @@ import grpo_train
 from generation import DecodeSettings, inner_model, shares_prompts
 from utils import Problem, Setup, load_tokenizer
 
-TOKENIZER = load_tokenizer(str(Path(__file__).resolve().parent.parent / "tiny_model"))  # used only to pad
+TOKENIZER = load_tokenizer(str(Path(__file__).resolve().parent.parent / "tiny_model"))  # only for padding
 DIMENSIONS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 SIZES = {"toy": (64, 128, 2, 4, 1_000), "0.5B": (896, 4864, 24, 14, 151_936), "1.5B": (1536, 8960, 28, 12, 151_936)}
 
@@ -60,13 +60,13 @@ def read_problems(path, count, vocabulary):
 
 
 def pad(problems, device):
-    """Arguments of model.generate for these prompts."""
+    """Return the inputs of model.generate for these prompts."""
     rows = {"input_ids": [problem.ids for problem in problems]}
     return TOKENIZER.pad(rows, padding_side="left", return_tensors="pt").to(device)
 
 
 def measure(ways, rounds):
-    """{way: (seconds in each round, peak GiB on a GPU)}. The ways take turns, and a first round warms up."""
+    """Return {way: (seconds of each round, peak GiB on a GPU)}. Ways alternate, after one warmup round."""
     on_gpu, seconds, peaks = torch.cuda.is_available(), {way: [] for way in ways}, dict.fromkeys(ways, float("nan"))
     wait = torch.cuda.synchronize if on_gpu else lambda: None
     for _ in range(rounds + 1):
@@ -88,7 +88,7 @@ def median(values):
 
 
 def hardware(device):
-    """Measured FLOP/s of bf16 matrix products, and bytes/s of copying, with reads and writes both counted."""
+    """Measure FLOP/s of bf16 matrix products and bytes/s of copying, reads plus writes."""
     n, size = (8192, 2**30) if device.type == "cuda" else (1024, 2**27)
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     x, y = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
@@ -103,7 +103,7 @@ def print_table(columns, rows):
 
 
 def measure_es(model, problems, arguments, accelerator):
-    """Time one ES step without scoring: a low-rank population in one batch, and members one after the other."""
+    """Time one ES step without scoring: a low-rank population in one batch, and one member after another."""
     N, P, device = arguments.members, len(problems), accelerator.device
     config = es_train.ESConfig(population_size=N, prompts_per_iteration=P, noise_scale=0.001)
     parameters = dict(model.named_parameters())
@@ -140,7 +140,7 @@ def measure_es(model, problems, arguments, accelerator):
 
 
 def measure_rollout(policy, problems, arguments, accelerator, rate):
-    """Time the ways to complete each prompt `samples` times, in turn. Returns the completions of "graphs"."""
+    """Time rollouts of `samples` completions per prompt. Return the completions of "graphs"."""
     G, T, B = arguments.samples, arguments.new_tokens, len(problems) * arguments.samples
     config, inputs = policy.config, pad(problems, accelerator.device)
     uniforms = torch.rand(len(problems), G, T, generator=torch.Generator().manual_seed(0))
@@ -154,7 +154,7 @@ def measure_rollout(policy, problems, arguments, accelerator, rate):
     def theirs(way, tokens):
         with accelerator.autocast():
             out = policy.generate(**inputs, generation_config=GenerationConfig(**sampling, max_new_tokens=tokens))
-        assert out.shape[1] == inputs["input_ids"].shape[1] + tokens, "a completion ended by itself"
+        assert out.shape[1] == inputs["input_ids"].shape[1] + tokens, "a completion ended early"
 
     functions = {"graphs": ours, "eager": ours, "generate": theirs}
     first, times = (
@@ -164,7 +164,7 @@ def measure_rollout(policy, problems, arguments, accelerator, rate):
     head_size, mean = config.hidden_size // config.num_attention_heads, inputs["attention_mask"].sum(1).float().mean()
     position_bytes = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_size  # keys, values; bf16
     weight_bytes = sum(p.numel() * p.element_size() for p in policy.parameters())
-    floor = (weight_bytes + B * (float(mean) + T / 2) * position_bytes) / rate  # of the middle step
+    floor = (weight_bytes + B * (float(mean) + T / 2) * position_bytes) / rate  # at the middle step
     rows = []
     for way, (seconds, peak) in times.items():
         middle = statistics.median(seconds)
@@ -190,7 +190,7 @@ def measure_update(policy, problems, completions, arguments, accelerator, rate):
     positions, mean = sum(len(problem.ids) for problem in problems) + len(rows) * C, statistics.mean(map(len, rows))
     head = config.vocab_size * config.hidden_size
     layers = sum(p.numel() for p in network.parameters() if not p.requires_grad) - head
-    pairs = len(rows) * C * (mean + C / 2) + len(problems) * mean**2 / 2  # of positions, one attending to the other
+    pairs = len(rows) * C * (mean + C / 2) + len(problems) * mean**2 / 2  # (query, key)
     attention = 4 * config.hidden_size * config.num_hidden_layers * pairs
     flops = 4 * (layers * positions + head * len(rows) * C) + 3 * attention  # backward: gradients of both operands
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=0.0)
@@ -211,7 +211,7 @@ def measure_update(policy, problems, completions, arguments, accelerator, rate):
         middle = statistics.median(seconds)
         cells = f"{len(rows) * C / middle:,.0f}", f"{flops / middle / rate:.0%}", f"{peak:.1f}"
         table.append([f"{way} gradient checkpointing", median(seconds), *cells])
-    columns = ["seconds", "completion tokens/s", "of the rate of products", "peak GiB"]
+    columns = ["seconds", "completion tokens/s", "share of the matmul rate", "peak GiB"]
     print_table([f"update of {positions:,} positions", *columns], table)
 
 
@@ -219,18 +219,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--problems", required=True, help="GSM8K's train.jsonl")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["0.5B", "1.5B"])
-    parser.add_argument("--prompts", type=int, default=64, help="of a step (%(default)s)")
-    parser.add_argument("--samples", type=int, default=8, help="of each prompt (%(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=512, help="of each completion (%(default)s)")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts per step (%(default)s)")
+    parser.add_argument("--samples", type=int, default=8, help="completions per prompt (%(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=512, help="tokens per completion (%(default)s)")
     parser.add_argument("--micro-batch", type=int, default=16384, help="micro_batch_tokens (%(default)s)")
-    parser.add_argument("--members", type=int, default=32, help="of a population (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each (%(default)s)")
+    parser.add_argument("--members", type=int, default=32, help="population size (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed runs per method (%(default)s)")
     arguments = parser.parse_args()
     accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
     products, copying = hardware(accelerator.device)
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}: ", end="")
-    print(f"bf16 products {products / 1e12:.3g} TFLOP/s, copying {copying / 1e9:,.0f} GB/s")
+    print(f"bf16 matmul {products / 1e12:.3g} TFLOP/s, copy {copying / 1e9:,.0f} GB/s")
     for size in arguments.sizes:
         model = make_model(size, accelerator.device)
         print(f"\n{size} geometry, {sum(p.numel() for p in model.parameters()):,} parameters")

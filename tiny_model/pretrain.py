@@ -1,12 +1,12 @@
-"""Make the embedded model: a Qwen2 of under a million parameters and its tokenizer, into the folder of this file.
+"""Pretrain the embedded model, a Qwen2 with under a million parameters, and its tokenizer. Save both in this folder.
 
     python tiny_model/pretrain.py
-    python tiny_model/pretrain.py --measure      # only measures the model that is there
+    python tiny_model/pretrain.py --measure      # only evaluate the existing model
 
-Reinforcement learning amplifies what a model already does now and then; it does not teach arithmetic. So the corpus
-holds every fact that the MathExpr problems need, in solutions that are often sloppy, and the wording of the problem
-decides how often: after "Compute" most are worked through in the tags, after "What is" most blurt out an answer.
-What the model can do and what it mostly shows are then far apart, as they are in a real base model.
+Reinforcement learning amplifies what a model already does now and then; it does not teach arithmetic. So the corpus has
+every fact that the MathExpr problems need, but many solutions are sloppy. The wording of the problem decides how many:
+after "Compute", most are worked through in the tags; after "What is", most are a bare answer. As in a real base model,
+what the model can do and what it mostly shows are far apart.
 """
 
 import argparse
@@ -35,8 +35,8 @@ BATCH_SIZE = 128
 LEARNING_RATE = 2e-3
 SEED = 0
 
-# How solutions are written, by wording (the columns of MathExprDataset.WORDINGS). A sloppy one has a slip in one step
-# and goes on from there, an untagged one lacks the tags, and a blurt the working; most blurted expansions are careless.
+# Share of each style of solution, by wording (the columns of MathExprDataset.WORDINGS). A sloppy solution gets one step
+# wrong and continues from there. An untagged one has no tags, a blurt no steps. Most blurted expansions are careless.
 STYLES = {
     "worked": (0.65, 0.41, 0.41, 0.41),
     "sloppy": (0.05, 0.03, 0.03, 0.03),
@@ -58,9 +58,9 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer():
-    """Qwen's tokenizer, byte-level BPE, with a vocabulary of its own: bytes, the words of the prompts, and the tags.
+    """Build Qwen's byte-level BPE tokenizer with its own vocabulary: bytes, the words of the prompts, and the tags.
 
-    Any text is representable; a digit, a symbol, a tag or a word of the prompts is one token.
+    It can encode any text. Each digit, symbol, tag and word of the prompts is one token.
     """
     words = [SYSTEM_PROMPT, "Steps: Answer: Solve Calculate Find the value of"]
     words += [wording for wordings in MathExprDataset.WORDINGS.values() for wording in wordings]
@@ -81,7 +81,7 @@ def build_tokenizer():
     tokenizer = Qwen2Tokenizer(
         vocab=learned["vocab"],
         merges=[tuple(merge) for merge in learned["merges"]],
-        unk_token="<|pad|>",  # never needed
+        unk_token="<|pad|>",  # never used
         pad_token="<|pad|>",
         eos_token="<|end|>",
         extra_special_tokens=chat,
@@ -90,7 +90,7 @@ def build_tokenizer():
         model_max_length=512,
         padding_side="left",
     )
-    # Ordinary tokens, not special ones: decoding must keep the tags for the reward to see them.
+    # Not special tokens: decoding must keep the tags, so that the reward sees them.
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
     return tokenizer
 
@@ -105,7 +105,7 @@ def join_terms(*terms):
 
 
 class Slips:
-    """Computes step after step and gets the step number `slip_at` wrong."""
+    """Calculator that gets step number `slip_at` wrong."""
 
     def __init__(self, rng, slip_at):
         self.rng, self.slip_at, self.step = rng, slip_at, -1
@@ -117,12 +117,12 @@ class Slips:
 
 
 def work_through(kind, structure, compute):
-    """(answer, steps) as text, every number in them coming from `compute(operator, left, right)`."""
+    """Return (answer, steps) as text. All results in them come from `compute(operator, left, right)`."""
     if kind == "evaluate":
         value, steps = expression_steps(structure, compute)
         return str(value), [f"{a}{op}({b})={c}" if b < 0 else f"{a}{op}{b}={c}" for op, a, b, c in steps]
     left, right, tail = structure
-    steps, terms = [], {}  # terms: the coefficients found so far, by power
+    steps, terms = [], {}  # terms: coefficients so far, by power
     for i, a in reversed(list(enumerate(left))):
         for j, b in reversed(list(enumerate(right))):
             if a:
@@ -145,7 +145,7 @@ def work_through(kind, structure, compute):
 
 
 def careless_expansion(left, right, tail):
-    """What one writes in a hurry: 3*(x+2) as 3x+2, (x+1)*(x+2) as x^2+2."""
+    """Return a hasty, wrong expansion: 3*(x+2) as 3x+2, (x+1)*(x+2) as x^2+2."""
     if len(left) == 1:
         product = [right[0], left[0] * right[1]]
     else:
@@ -167,7 +167,7 @@ def write_solution(rng, kind, structure, style):
 
 
 def corpus(rng, tokenizer):
-    """Endless (prompt ids, solution ids). Problems come from the train split alone: the test split stays held out."""
+    """Yield (prompt ids, solution ids) forever, from the train split only: the test split stays held out."""
     difficulty = MathExprDataset("train", size=1)
     while True:
         kind = rng.choice(list(MathExprDataset.WORDINGS))
@@ -185,7 +185,7 @@ def corpus(rng, tokenizer):
 
 
 def batches(rng, tokenizer, pool=16):
-    """Endless (B, T) ids and labels, padded on the right; like lengths share a batch. Prompts are not trained on."""
+    """Yield right-padded (B, T) ids and labels forever, batched by length. Prompt tokens are excluded from the loss."""
     examples = corpus(rng, tokenizer)
     while True:
         drawn = sorted((next(examples) for _ in range(pool * BATCH_SIZE)), key=lambda pair: len(pair[0] + pair[1]))
@@ -203,13 +203,13 @@ def batches(rng, tokenizer, pool=16):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training and measuring
+# Training and evaluation
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def train():
-    """Make model and tokenizer from SEED and save them in FOLDER."""
-    torch.set_num_threads(1)  # sums are then taken in the same order whatever the number of cores
+    """Train model and tokenizer from SEED and save both in FOLDER."""
+    torch.set_num_threads(1)  # same order of summation on any number of cores
     torch.manual_seed(SEED)
     tokenizer = build_tokenizer()
     config = Qwen2Config(
@@ -246,7 +246,7 @@ def train():
 
 
 def measure(num_problems=512, num_samples=8):
-    """Print the card's table: accuracy of the model in FOLDER on held-out problems, greedy and of samples at T = 1."""
+    """Print the table in README.md: held-out accuracy of the model in FOLDER, greedy and sampled at T = 1."""
     model, tokenizer = load_model(str(FOLDER), "float32", "cpu"), load_tokenizer(str(FOLDER))
     items = list(MathExprDataset("test"))[:num_problems]
     prompts = encode_prompts(tokenizer, items, SYSTEM_PROMPT)
@@ -272,8 +272,8 @@ def measure(num_problems=512, num_samples=8):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Make the embedded model, and measure it.")
-    parser.add_argument("--measure", action="store_true", help="measure the model that is there, make none")
+    parser = argparse.ArgumentParser(description="Pretrain the embedded model and evaluate it.")
+    parser.add_argument("--measure", action="store_true", help="evaluate the existing model without training")
     if not parser.parse_args().measure:
         train()
     measure()
