@@ -1,10 +1,10 @@
-"""Problems to train on: every item is a dict with a "prompt" and the reference "answer", both text.
+"""Datasets of problems. Each item is a dict with a "prompt" and the reference "answer", both text.
 
-    MathExprDataset   made from a seed: integer expressions to evaluate, products of polynomials to expand
+    MathExprDataset   generated from a seed: integer expressions to evaluate, products of polynomials to expand
     GSM8KDataset      grade-school word problems, Cobbe et al. 2021, arXiv:2110.14168
     JSONLDataset      your own problems, one JSON object per line
-A new dataset is a class here with an entry in DATASETS; `dataset_args` in the config are its arguments, whose types
-pydantic checks. Not here: how a problem becomes a prompt (utils.py), how an answer is judged (reward.py).
+To add a dataset, write a class and add it to DATASETS. `dataset_args` in the config are its arguments; pydantic checks
+their types. Elsewhere: prompts (utils.py) and the scoring of answers (reward.py).
 """
 
 import hashlib
@@ -28,7 +28,7 @@ PRECEDENCE = {"+": 1, "-": 1, "*": 2}
 
 
 def random_expression(rng, num_operators, max_integer):
-    """A random tree with `num_operators` operators over the integers 0..max_integer."""
+    """Return a random tree with `num_operators` operators over the integers 0 to max_integer."""
     if num_operators == 0:
         return rng.randint(0, max_integer)
     num_left = rng.randrange(num_operators)
@@ -38,7 +38,7 @@ def random_expression(rng, num_operators, max_integer):
 
 
 def expression_text(tree):
-    """The tree in writing, with only the parentheses that precedence asks for: ("*", ("+", 1, 2), 3) is "(1+2)*3"."""
+    """Format a tree with only the parentheses that precedence requires: ("*", ("+", 1, 2), 3) is "(1+2)*3"."""
     if isinstance(tree, int):
         return str(tree)
     operator, left, right = tree
@@ -46,7 +46,7 @@ def expression_text(tree):
     left_text, right_text = expression_text(left), expression_text(right)
     if not isinstance(left, int) and PRECEDENCE[left[0]] < precedence:
         left_text = f"({left_text})"
-    # a-(b+c) needs its parentheses and so, to be read as the tree it is, does a+(b+c): operators group to the left.
+    # Operators group to the left, so a-(b+c) needs parentheses, and so does a+(b+c) to keep the tree's structure.
     if not isinstance(right, int) and PRECEDENCE[right[0]] <= precedence:
         right_text = f"({right_text})"
     return f"{left_text}{operator}{right_text}"
@@ -57,7 +57,7 @@ def apply_operator(operator, left, right):
 
 
 def expression_steps(tree, apply=apply_operator):
-    """The value, and the steps (operator, left, right, result) that lead to it, innermost first."""
+    """Return the value, and the steps (operator, left, right, result) to it, innermost first."""
     if isinstance(tree, int):
         return tree, []
     operator, left, right = tree
@@ -87,14 +87,14 @@ def monomial_text(coefficient, power):
 
 
 def polynomial_text(coefficients):
-    """Highest power first, zero terms left out: [0, -2, 1] is "x^2-2x", [0] is "0"."""
+    """Format a polynomial, highest power first, without zero terms: [0, -2, 1] is "x^2-2x", [0] is "0"."""
     terms = [monomial_text(c, power) for power, c in enumerate(coefficients) if c][::-1]
     return "+".join(terms).replace("+-", "-") or "0"
 
 
 def random_product(rng, max_coefficient):
-    """(left, right, tail), read left * right + tail: a number or x times a linear polynomial, plus a monomial or
-    nothing ([]), or the product of two linear polynomials."""
+    """Return (left, right, tail) of left * right + tail. It is the product of two linear polynomials, or a number or x
+    times a linear polynomial, plus a monomial or nothing ([])."""
     signed = [c for c in range(-max_coefficient, max_coefficient + 1) if c]
 
     def linear():
@@ -116,7 +116,7 @@ def product_text(left, right, tail):
 
 
 class Problems(data.Dataset):
-    """A list of items, which a subclass makes."""
+    """A list of items. Subclasses create it."""
 
     def __len__(self):
         return len(self.items)
@@ -128,17 +128,17 @@ class Problems(data.Dataset):
 class MathExprDataset(Problems):
     """Arithmetic of two kinds: "evaluate" integer expressions, "expand" products of polynomials and collect like terms.
 
-    Items are distinct and follow from the arguments alone. A hash of an expression's text, never the seed, decides its
-    split: train and test are disjoint whatever seeds and sizes they were made with.
+    Items are distinct and depend only on the arguments. A hash of the expression's text, never the seed, decides its
+    split, so that train and test are disjoint for all seeds and sizes.
 
-    split: "train" (nine expressions in ten) or "test"
-    size: number of items; by default 4096 to train on and 1024 to test with
-    seed: another seed is another sample of the same split
-    kinds: which kinds to draw from, in equal shares
-    max_operators: evaluate: 1 to this many of + - *
-    max_integer: evaluate: operands are 0 to this
-    max_value: evaluate: no intermediate value is larger than this, sign aside
-    max_coefficient: expand: coefficients are at most this, sign aside
+    split: "train" (nine of ten expressions) or "test"
+    size: number of items; 4096 for train and 1024 for test by default
+    seed: selects another sample of the same split
+    kinds: the kinds to draw from, in equal shares
+    max_operators: evaluate: the most operators (+ - *) in an expression
+    max_integer: evaluate: the largest operand; the smallest is 0
+    max_value: evaluate: the largest absolute intermediate value
+    max_coefficient: expand: the largest absolute coefficient
     """
 
     WORDINGS = {
@@ -171,12 +171,12 @@ class MathExprDataset(Problems):
             if len(self.items) == size:
                 return
         raise UserError(
-            f"dataset_args: size: {size}: only {len(self.items)} distinct {split} problems were found; ask for fewer, "
-            "or raise max_operators, max_integer, max_value or max_coefficient"
+            f"dataset_args: size: {size}: found only {len(self.items)} distinct {split} problems; lower size, or raise "
+            "max_operators, max_integer, max_value or max_coefficient"
         )
 
     def draw(self, rng, kind):
-        """One (text, answer, structure) of this difficulty and split; (None, None, None) if the draw falls outside."""
+        """Draw one (text, answer, structure), or (None, None, None) if it violates a limit or is in the other split."""
         if kind == "evaluate":
             structure = random_expression(rng, rng.randint(1, self.max_operators), self.max_integer)
             value, steps = expression_steps(structure)
@@ -194,8 +194,8 @@ class MathExprDataset(Problems):
 class GSM8KDataset(Problems):
     """The 7,473 training or 1,319 test problems of GSM8K; the answer is the number after "####".
 
-    path: a folder that holds train.jsonl and test.jsonl as published. Without one they come from the cache, torch.hub's
-    folder, and on first use from the published address into the cache, with their checksums verified.
+    path: a folder with the published train.jsonl and test.jsonl. If None, the files are downloaded once to torch.hub's
+    folder, and their checksums verified.
     """
 
     URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/{}.jsonl"
@@ -222,21 +222,21 @@ class GSM8KDataset(Problems):
             file.parent.mkdir(parents=True, exist_ok=True)
             url = cls.URL.format(split)
             print(f"GSM8K: {url} -> {file}")
-            try:  # into a temporary file, moved into place once the sum is right
+            try:  # writes to a temporary file and moves it into place if the checksum is correct
                 torch.hub.download_url_to_file(url, str(file), hash_prefix=cls.SHA256[split])
             except (OSError, RuntimeError) as error:
-                raise UserError(f"GSM8K: no download ({error}); put the file from {url} at {file}") from None
+                raise UserError(f"GSM8K: download failed ({error}); put the file from {url} at {file}") from None
         if hashlib.sha256(file.read_bytes()).hexdigest() != cls.SHA256[split]:
-            raise UserError(f"GSM8K: {file} is not the published file (its sha256 differs): delete it")
+            raise UserError(f"GSM8K: {file} is not the published file (its SHA-256 differs); delete it")
         return file
 
 
 class JSONLDataset(Problems):
-    """Your own problems: one JSON object per line with "prompt" and "answer", text or a number; further keys go to the
-    reward functions.
+    """Your own problems, one JSON object per line: "prompt" is text, "answer" is text or a number. Reward functions
+    receive all other keys.
 
-    path: for split "train" the file itself; for "test" `name.test.jsonl` beside `name.jsonl` when that exists, else
-    every tenth line of the file, which "train" then leaves out.
+    path: the file of split "train". Split "test" is `name.test.jsonl` beside `name.jsonl` if it exists; otherwise every
+    tenth line of the file, which "train" then omits.
     """
 
     @validate_call
@@ -251,19 +251,19 @@ class JSONLDataset(Problems):
             for key in ("prompt", "answer"):
                 if not isinstance(row.get(key), str) or not row[key].strip():
                     raise UserError(f'{file}, line {number}: "{key}" is {row.get(key)!r}, expected text')
-            if row.keys() & {"prompts", "completions"}:  # what reward functions get besides the columns
-                raise UserError(f"{file}, line {number}: prompts and completions cannot be names of columns")
+            if row.keys() & {"prompts", "completions"}:  # names of other arguments of reward functions
+                raise UserError(f"{file}, line {number}: prompts and completions are reserved names")
             if self.items and row.keys() != self.items[0].keys():
                 raise UserError(f"{file}, line {number}: keys {sorted(row)}, but line 1 has {sorted(self.items[0])}")
             self.items.append(row)
         if not test_path.is_file():
             self.items = [item for i, item in enumerate(self.items) if (i % 10 == 9) == (split == "test")]
         if not self.items:
-            raise UserError(f"{file}: no {split} problems in it; without {test_path.name}, every tenth line is one")
+            raise UserError(f"{file} has no {split} problems; without {test_path.name}, each tenth line is one")
 
 
 def read_jsonl(file):
-    """(line number, object) for each line of the file that is not blank; UserError, naming the line, for a bad one."""
+    """Yield (line number, object) for each nonblank line of the file. UserError names a bad line."""
     if not Path(file).is_file():
         raise UserError(f"dataset: {file} does not exist")
     for number, line in enumerate(Path(file).read_bytes().splitlines(), start=1):
@@ -271,7 +271,7 @@ def read_jsonl(file):
             continue
         try:
             row = json.loads(line.decode("utf-8-sig"))
-            json.dumps(row, ensure_ascii=False).encode()  # JSON can spell halves of characters, which are no text
+            json.dumps(row, ensure_ascii=False).encode()  # JSON can contain lone surrogates, which are not valid text
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file}, line {number}: {error}") from None
         if not isinstance(row, dict):
@@ -283,9 +283,9 @@ DATASETS = {"math_expr": MathExprDataset, "gsm8k": GSM8KDataset}
 
 
 def make_dataset(name, split, arguments):
-    """The dataset called `name` in DATASETS, or behind a path to .jsonl, made with `arguments` from the config.
+    """Create the dataset `name` in DATASETS, or of a path to a .jsonl file, with the config's `arguments`.
 
-    pydantic.ValidationError for arguments that the dataset does not take.
+    pydantic.ValidationError for arguments that the dataset does not have.
     """
     if name in DATASETS:
         return DATASETS[name](split=split, **arguments)
@@ -295,6 +295,6 @@ def make_dataset(name, split, arguments):
 
 
 def __getattr__(name):
-    """Explain the clash to code that expected Hugging Face's `datasets`, whose name this module has."""
-    kind = AttributeError if name.startswith("__") else ImportError  # which `from datasets import` shows as it is
-    raise kind(f"{__file__} has no {name}: from this folder, Hugging Face datasets cannot be imported")
+    """Explain the name clash to code that expects Hugging Face's `datasets`."""
+    kind = AttributeError if name.startswith("__") else ImportError  # `from ... import` shows its message
+    raise kind(f"{__file__} has no {name}: Hugging Face datasets cannot be imported from this folder")

@@ -1,39 +1,39 @@
-"""ES: evolution strategies on all parameters of a language model, with verifiable rewards. Forward passes only.
+"""ES: evolution strategies on all parameters of a language model with verifiable rewards, by forward passes only.
 
 Qiu et al. 2025, "Evolution Strategies at Scale", arXiv:2509.24372, algorithm 2, after Salimans et al. 2017,
-arXiv:1703.03864. Every step perturbs the weights theta in N ways. Each member of this population answers the same
-prompts greedily; its mean reward R_n says how good its noise is:
+arXiv:1703.03864. In every step, each of N population members perturbs the weights theta and answers the same prompts
+greedily. Its mean reward R_n measures how good its noise is:
 
     R_n   = mean reward of the model with weights theta + noise_scale * noise_n       noise_n ~ N(0, 1)
     z_n   = (R_n - mean(R)) / std(R)
     theta = theta + learning_rate / N * sum_n z_n noise_n
 
-`perturbation: gaussian` is the paper's: one member after another. `perturbation: low_rank` (Sarkar et al. 2025,
-"EGGROLL", arXiv:2511.16652) makes the noise of a matrix A B^T / sqrt(rank), so that all members decode in one batch:
-each row passes through W as usual, and then through A and B of its own member.
+`perturbation: gaussian` is the paper's method, one member after another. With `perturbation: low_rank` (Sarkar et al.
+2025, "EGGROLL", arXiv:2511.16652), the noise of a matrix is A B^T / sqrt(rank), and all members decode in one batch:
+each row passes through W as usual, and also through A and B of its own member.
 
 Departures from the papers:
-- theta is kept in fp32, and the model's weights are rounded from it: with `gaussian` for each member anew, with
-  `low_rank` once per step. The published code adds noise to bf16 weights in place and subtracts it again, which leaves
-  different weights, and adds updates to bf16 weights, which loses small ones.
-- Each member's noise is one stream of random numbers over all parameters. The published code restarts the stream at
-  every tensor, so that layers of one shape get the same noise.
-- Members of equal reward change nothing, exactly.
-- In bf16, `low_rank` decodes with A and B rounded to bf16; the update uses the unrounded ones.
-- `antithetic` (Salimans et al.) pairs each noise with its negative. Prompts are drawn anew in every step.
+- theta is kept in fp32, and the model's weights are rounded from it: for each member with `gaussian`, once per step
+  with `low_rank`. The published code adds noise to bf16 weights in place and subtracts it again, which does not restore
+  them exactly, and adds updates to bf16 weights, which loses small ones.
+- Each member draws its noise from one random stream over all parameters. The published code restarts the stream at
+  every tensor, so that layers of the same shape get the same noise.
+- If all members have the same reward, the update is exactly zero.
+- In bf16, `low_rank` decodes with A and B rounded to bf16; the update uses the unrounded factors.
+- `antithetic` (Salimans et al.) pairs each noise with its negative. Every step draws new prompts.
 
-Both modes perturb linear weights, embeddings (with a tied head, once), biases and norm weights.
+Both modes perturb linear weights, embeddings (once if the head is tied), biases and norm weights.
 
     python es_train.py
     python es_train.py --config recipes/es_gsm8k_gaussian.yml
     python es_train.py perturbation=gaussian antithetic=true
     accelerate launch --num_processes 2 es_train.py      (on a CPU: torchrun --nproc_per_node 2 es_train.py)
 
-Where to change what: the fitness of a member, `z_scores`; the distribution of the noise, `draw`; its form in a matrix,
-`noise_shapes`, `weighted_noise`, `Population`; the update, `update_master`; a metric, `metrics` in `train`; the loop,
-`train`. Not here: decoding (generation.py), rewards (reward.py), checkpoints and logs (runs.py).
+Where to change what: the fitness of members in `z_scores`; the distribution of the noise in `draw`; its structure in
+`noise_shapes`, `weighted_noise` and `Population`; the update in `update_master`; metrics and the loop in `train`.
+Elsewhere: decoding (generation.py), rewards (reward.py), checkpoints and logs (runs.py).
 
-Letters in shapes: N members, M of them in a batch, K noises (N, or N / 2 in antithetic pairs), P prompts, r rank.
+Shapes: N members, M of them in a batch, K noises (N, or N / 2 with antithetic pairs), P prompts, r rank.
 """
 
 import math
@@ -50,14 +50,14 @@ from reward import UserError
 from runs import Run, run_identity
 from utils import draw_problems, gather_scores, non_finite, schedule_factor, score_completions, share
 
-# --- Config: es_config.yml says what each key means -------------------------------------------------------------------
+# --- Config: es_config.yml documents each key -------------------------------------------------------------------------
 
 
 class ESConfig(utils.RunConfig):
     # Population
     num_iterations: PositiveInt = 60
     prompts_per_iteration: PositiveInt = 16
-    population_size: int = Field(32, ge=2)  # a member is good or bad only in comparison
+    population_size: int = Field(32, ge=2)  # z-scores compare members
     perturbation: Literal["low_rank", "gaussian"] = "low_rank"
     rank: PositiveInt = 1
     antithetic: bool = False
@@ -87,10 +87,10 @@ class ESConfig(utils.RunConfig):
 
 
 def z_scores(rewards):
-    """z-scores (std over n) of the members' mean rewards, (N,), float64. ValueError for a reward that is not finite.
+    """Return z-scores (std over N) of the members' mean rewards, (N,), float64. ValueError for non-finite rewards.
 
     Equal rewards give exactly 0. Compare them instead of adding an epsilon: rounding can leave a tiny nonzero std, and
-    so large scores.
+    thus large scores.
     """
     rewards = rewards.double()
     if not rewards.isfinite().all():
@@ -101,13 +101,15 @@ def z_scores(rewards):
 
 
 def noise_of_member(member, antithetic):
-    """The index of the member's noise among the K noises, and its sign."""
+    """Return the index of a member's noise among the K noises, and its sign."""
     return (member // 2, 1 - 2 * (member % 2)) if antithetic else (member, 1)
 
 
 def noise_shapes(parameters, perturbation, rank):
-    """The shape of the random numbers drawn for each of {name: parameter}: its own; for a matrix (out, in) under
-    "low_rank" that of A (out, r) and B (in, r), stacked."""
+    """Return the shape of the noise to draw for each of {name: parameter}.
+
+    It is the parameter's own shape, but for a matrix (out, in) with low_rank that of A (out, r) and B (in, r), stacked.
+    """
     return {
         name: (sum(p.shape), rank) if perturbation == "low_rank" and p.ndim == 2 else tuple(p.shape)
         for name, p in parameters.items()
@@ -115,18 +117,18 @@ def noise_shapes(parameters, perturbation, rank):
 
 
 def noise_generators(seed, iteration, noises, num_noises, device):
-    """The streams that some of an iteration's K noises, by their numbers, are drawn from, parameter after parameter."""
+    """Return a generator for each of the given noises of an iteration, to draw one parameter after another from."""
     return [utils.seeded_generator(seed, "noise", iteration * num_noises + noise, device) for noise in noises]
 
 
 def draw(shape, generator):
-    """The noise, or one factor of it: mean 0, variance 1."""
+    """Draw noise, or a factor of it, with mean 0 and variance 1."""
     return torch.randn(shape, generator=generator, device=generator.device)
 
 
 def weighted_noise(weight, shape, generators, coefficients):
-    """sum_k coefficients_k noise_k of one parameter, fp32. generators: K, at this parameter; coefficients: K floats."""
-    if shape == tuple(weight.shape):  # never that of factors, as out + in is more than out
+    """Return sum_k coefficients_k noise_k of one parameter, in fp32. generators: K, positioned at this parameter"""
+    if shape == tuple(weight.shape):  # never the shape of factors, since out + in > out
         total = torch.zeros_like(weight)
         for generator, coefficient in zip(generators, coefficients, strict=True):
             total.add_(draw(shape, generator), alpha=coefficient)
@@ -138,7 +140,7 @@ def weighted_noise(weight, shape, generators, coefficients):
 
 
 def update_master(master, shapes, generators, z, learning_rate, antithetic):
-    """theta + learning_rate / N * sum_n z_n noise_n, in fp32 and in place. master: {name: tensor}; z: N floats."""
+    """Add learning_rate / N * sum_n z_n noise_n to theta, in fp32 and in place. master: {name: tensor}; z: N floats"""
     coefficients = [0.0] * len(generators)
     for member, z_n in enumerate(z):
         noise, sign = noise_of_member(member, antithetic)
@@ -153,52 +155,52 @@ def update_master(master, shapes, generators, z, learning_rate, antithetic):
 
 @torch.no_grad()
 def write_weights(model, master):
-    """The model's weights as the master's, rounded once."""
+    """Copy the master weights into the model, rounded once."""
     for name, parameter in model.named_parameters():
         parameter.copy_(master[name])
 
 
 @torch.no_grad()
 def write_member(model, master, noise_scale, generator):
-    """The model's weights as master + noise_scale * noise, rounded once. A shared (tied) parameter is written once."""
+    """Write master + noise_scale * noise into the model, rounded once. A tied parameter is written once."""
     for name, parameter in model.named_parameters():
         parameter.copy_(master[name] + noise_scale * draw(parameter.shape, generator))
 
 
 def check_low_rank(model, rank):
-    """UserError if Population has no hook for a module with parameters, or if a matrix is smaller than the rank."""
+    """Raise UserError if Population has no hook for a module with parameters, or if the rank exceeds a matrix."""
     for path, module in model.named_modules():
         kind, has_weights = type(module).__name__, any(True for _ in module.parameters(recurse=False))
-        # A subclass may do more than its parent: Gemma's embedding scales what it looks up.
+        # Match exact types, since a subclass may do more: Gemma's embedding scales its output.
         if has_weights and type(module) not in (nn.Linear, nn.Embedding) and not kind.endswith("RMSNorm"):
             raise UserError(f"perturbation: low_rank cannot perturb {path}, a {kind}; gaussian can")
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and rank > min(parameter.shape):
-            raise UserError(f"rank: {rank} is more than {name}, {tuple(parameter.shape)}, can have")
+            raise UserError(f"rank: {rank}: {name}, {tuple(parameter.shape)}, has a lower rank")
 
 
 def add_product(y, h, A):
-    """y += h A in place, for each of G groups; y: (G, n, out), h: (G, n, r), A: (G, r, out)"""
-    if h.shape[-1] == 1:  # many times faster than a batch of matrix products of length 1
+    """Add h A to y in place, for each of G groups. y: (G, n, out), h: (G, n, r), A: (G, r, out)"""
+    if h.shape[-1] == 1:  # many times faster than a batched matrix product with an inner dimension of 1
         y.addcmul_(h, A)
     else:
         y.baddbmm_(h, A)
 
 
 class Population:
-    """M members in one batch: inside `with`, a row is computed with the weights of the member that it belongs to.
+    """M members in one batch: inside `with`, the model computes each row with the weights of its own member.
 
-    Nothing is written to the model's weights. Hooks on its modules add what the noise contributes:
+    The model's weights do not change. Forward hooks add the contribution of the noise:
 
         Linear      (x B) A^T + b                 A B^T: the noise of the weight, b: that of the bias
         Embedding   A[id] B^T                     a tied head has the same A and B
-        RMSNorm     its weight is exchanged for one a row, and put back
+        RMSNorm     its weight is replaced by one per row, and restored afterwards
     """
 
     def __init__(self, model, shapes, generators, scales, rows_per_member):
-        """shapes: see noise_shapes; generators: M, of the members' noise; scales: (M,) noise scale with member's sign
+        """Draw the noise of M members. Rows are ordered by member, `rows_per_member` each.
 
-        Rows come member after member, `rows_per_member` each.
+        shapes: see noise_shapes; generators: M, one per member; scales: (M,) noise scale times the member's sign
         """
         self.model, self.num_members, self.rows_per_member = model, len(generators), rows_per_member
         self.handles, self.norms = [], {}
@@ -216,7 +218,7 @@ class Population:
                 self.noise[parameter] = noise * scales[:, None]
 
     def __enter__(self):
-        """Returns what `generate` is to call with the rows of its batch."""
+        """Register the hooks. Returns the `on_rows` callback for `generate`."""
         for module in self.model.modules():
             if isinstance(module, nn.Linear):
                 self.handles.append(module.register_forward_hook(self._add_to_linear))
@@ -232,14 +234,14 @@ class Population:
             handle.remove()
         for module, weight in self.norms.items():
             module.weight = weight
-        self.noise, self.selected = {}, {}  # memory that the update and the next population have a use for
+        self.noise, self.selected = {}, {}  # free memory for the update and the next population
 
     def _select(self, rows):
         self.members = rows // self.rows_per_member  # (R,) the member of each row in the batch
-        self.selected = {}  # by module: its noise for these rows, gathered once and not at every step
+        self.selected = {}  # by module: its noise for these rows, gathered once and not in every step
 
     def _of_rows(self, noise):
-        """(M, ...) as it is while every member has all its rows, so that they are M blocks; after that (R, ...)."""
+        """Return noise (M, ...) as it is if the batch has all rows of all members, else one entry per row (R, ...)."""
         return noise if len(self.members) == self.num_members * self.rows_per_member else noise[self.members]
 
     def _add_to_linear(self, module, inputs, output):
@@ -272,9 +274,9 @@ class Population:
 
 
 def rollout(setup, master, shapes, problems, members, noise_scale, step, config):
-    """Greedy completions of all problems by each of some members, member after member.
+    """Complete all problems greedily with each of the given members. Rows are ordered by member.
 
-    All in one batch with low_rank. With gaussian, `members` is one member, and the model has its weights afterwards.
+    low_rank decodes all members in one batch. gaussian takes a single member and leaves its weights in the model.
     """
     prompts, device = [problem.ids for problem in problems], setup.model.device
     noises, signs = zip(*(noise_of_member(member, config.antithetic) for member in members), strict=True)
@@ -288,8 +290,10 @@ def rollout(setup, master, shapes, problems, members, noise_scale, step, config)
 
 
 def update(master, shapes, step, z, learning_rate, config):
-    """The update of one step, in the master: made in training, and again when the journal is replayed. So it may depend
-    on nothing that the journal does not have. If all z are 0, it changes no bit."""
+    """Update the master weights for one step, in training and when the journal is replayed.
+
+    It must depend only on what the journal records. If all z are 0, it changes nothing.
+    """
     if any(z):
         K, device = config.num_noises, next(iter(master.values())).device
         generators = noise_generators(config.seed, step, range(K), K, device)
@@ -300,17 +304,17 @@ def update(master, shapes, step, z, learning_rate, config):
 
 
 def save_progress(path, setup, master):
-    """Write a checkpoint's files: the master weights as a Hugging Face folder."""
+    """Write the master weights as a Hugging Face folder."""
     utils.save_model(setup.model, setup.tokenizer, path / "model", master)
 
 
 @torch.no_grad()
 def load_progress(path, states, setup, master, shapes, config):
-    """Restore what `save_progress` wrote, or without a `path` start from the base model; then repeat the updates of
-    `states`, the journal's lines after it: the same weights, bit for bit."""
+    """Restore the weights that `save_progress` wrote, or keep the base model's if `path` is None. Then replay the
+    updates of `states`, the journal's lines after that checkpoint. The result is bit-identical."""
     if path:
         utils.load_weights(path / "model", master)
-    for state in states:  # state["step"] steps are done: the last one was step - 1, as `run.steps` counts
+    for state in states:  # state["step"] counts finished steps, and `run.steps` starts at 0
         update(master, shapes, state["step"] - 1, state["z"], state["learning_rate"], config)
     write_weights(setup.model, master)
 
@@ -319,10 +323,10 @@ def load_progress(path, states, setup, master, shapes, config):
 
 
 def train(config, setup, run, master, shapes):
-    """Run the algorithm of the paper. master: {name: fp32 tensor}, theta; shapes: see `noise_shapes`"""
+    """Run the paper's algorithm. master: {name: fp32 tensor}, theta; shapes: see `noise_shapes`"""
     model, tokenizer, accelerator = setup.model, setup.tokenizer, setup.accelerator
     N, P = config.population_size, config.prompts_per_iteration
-    members = range(N)[share(N, accelerator)]  # those of this process
+    members = range(N)[share(N, accelerator)]  # the members of this process
     members_at_once = config.population_batch if config.perturbation == "low_rank" else 1
     for step in run.steps():
         noise_scale = config.noise_scale * schedule_factor(config.noise_schedule, step, config.num_iterations)
@@ -331,7 +335,7 @@ def train(config, setup, run, master, shapes):
         # 1. Draw P prompts, the same for all members.
         problems = draw_problems(setup.train_set, step, P, config.seed)
 
-        # 2. Perturb the weights N ways. Every member answers the prompts, and its completions are scored.
+        # 2. Perturb the weights N times. Every member answers the prompts, and its completions are scored.
         rows = []
         for first in range(0, len(members), members_at_once):
             batch = members[first : first + members_at_once]
@@ -339,14 +343,14 @@ def train(config, setup, run, master, shapes):
                 completions = rollout(setup, master, shapes, problems, batch, noise_scale, step, config)
             with run.phase("reward"):
                 rows += score_completions(config.rewards, completions, tokenizer, problems * len(batch))
-        scores = gather_scores(rows, accelerator.device)  # of all processes, member after member: {name: (N * P,)}
-        skipped = non_finite(scores)  # why this step makes no update, or None
+        scores = gather_scores(rows, accelerator.device)  # of all processes, ordered by member: {name: (N * P,)}
+        skipped = non_finite(scores)  # the reason to skip the update, or None
 
-        # 3. z-scores of the members' mean rewards R_n.
+        # 3. Compute z-scores of the members' mean rewards R_n.
         rewards = scores["reward"].view(N, P).double().mean(dim=1)  # (N,)
         z = torch.zeros(N) if skipped else z_scores(rewards)
 
-        # 4. Update the fp32 master. Writing the model's weights from it also undoes the last member's noise.
+        # 4. Update the fp32 master weights. Copying them to the model also removes the last member's noise.
         with run.phase("update"):
             update(master, shapes, step, z.tolist(), learning_rate, config)
             write_weights(model, master)
@@ -363,7 +367,7 @@ def train(config, setup, run, master, shapes):
             "optim/learning_rate": learning_rate,
             "progress/prompts": (step + 1) * P,
         }
-        # `load_progress` repeats the update from z and learning_rate.
+        # `load_progress` replays the update from z and learning_rate.
         record = {"z": z.tolist(), "learning_rate": learning_rate, "noise_scale": noise_scale}
         record["rewards"] = None if skipped else rewards.tolist()
         run.log(step, scores, metrics, skipped, no_signal=metrics["es/tie_rate"] == 1, **record)
@@ -372,13 +376,13 @@ def train(config, setup, run, master, shapes):
 def main(config):
     N, P = config.population_size, config.prompts_per_iteration
     setup = utils.set_up(config, config.dtype, batch_size=config.population_batch * P)
-    share(N, setup.accelerator)  # enough members for all processes
+    share(N, setup.accelerator)  # raises if there are fewer members than processes
     if isinstance(setup.model, PeftModel):
         setup.model = setup.model.merge_and_unload()
     model = setup.model.requires_grad_(False)
     if config.perturbation == "low_rank":
         check_low_rank(model, config.rank)
-    parameters = dict(model.named_parameters())  # a tied one once
+    parameters = dict(model.named_parameters())  # a tied parameter once
     master = {name: parameter.float().clone() for name, parameter in parameters.items()}
     shapes = noise_shapes(parameters, config.perturbation, config.rank)
     device = {"kind of device": setup.accelerator.device.type}  # CPUs and GPUs draw different noise

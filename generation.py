@@ -2,10 +2,10 @@
 
     generate               one decode loop for rollouts, ES populations and evaluation; `sample` draws the tokens
     completion_log_probs   log-probs and entropy of completion tokens, with gradients, for GRPO's loss
-To change the sampling rule, edit `sample`, and `completion_log_probs` in the same way, or the policy that is trained is
-not the one that was sampled. Not here: prompts and scores (utils.py), GRPO's loss, the noise that ES adds by hooks.
+To change the sampling rule, edit `sample` and `completion_log_probs` together; otherwise, the trained policy is not the
+sampled one. Elsewhere: prompts and scores (utils.py), GRPO's loss, and the hooks that add ES's noise.
 
-Letters in shapes: P prompts, G completions per prompt, B = P * G rows, T tokens, V vocabulary, D hidden size.
+Shapes: P prompts, G completions per prompt, B = P * G rows, T tokens, V vocabulary, D hidden size.
 """
 
 import dataclasses
@@ -25,34 +25,37 @@ class Completions:
     """Completions of B rows, prompt by prompt: rows p*G to p*G+G-1 belong to prompt p."""
 
     tokens: torch.Tensor  # (B, max_new_tokens) ids as sampled, then zeros
-    mask: torch.Tensor  # (B, max_new_tokens) bool: the completion, its end token included, nothing after it
-    log_probs: torch.Tensor  # (B, max_new_tokens) fp32: the sampler's, 0 where the mask is False
-    truncated: torch.Tensor  # (B,) bool: cut at max_new_tokens, without an end token
+    mask: torch.Tensor  # (B, max_new_tokens) bool: True up to and including the end token
+    log_probs: torch.Tensor  # (B, max_new_tokens) fp32: the sampler's, 0 outside the mask
+    truncated: torch.Tensor  # (B,) bool: reached max_new_tokens without an end token
 
 
 def inner_model(model):
-    """The transformers model inside its PEFT wrapper, if it has one. Adapters are modules in it and stay active."""
+    """Return the transformers model without its PEFT wrapper. Adapters are modules inside it and stay active."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def new_cache(network):
-    """An empty key-value cache, and True if it keeps all positions (a sliding window does not)."""
+    """Return an empty KV cache, and True if it keeps all positions (a sliding window does not)."""
     cache = DynamicCache(config=network.config)
     return cache, all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def shares_prompts(network):
-    """True if `completion_log_probs` computes the prompt of several rows once. Not with gradient checkpointing, which
-    transformers does only without a cache, and not with sliding windows, which count padding."""
+    """Return True if `completion_log_probs` computes a prompt once for all of its rows.
+
+    It cannot with gradient checkpointing, which transformers disables when there is a cache, nor with sliding windows,
+    which count padding.
+    """
     checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
     return not checkpoints and new_cache(network)[1]
 
 
 class PreallocatedLayer(DynamicLayer):
-    """A cache layer that decodes into a preallocated buffer, so that a CUDA graph can replay a step.
+    """A KV cache layer with a preallocated buffer for decoding, so that a CUDA graph can replay a step.
 
-    Prefill works as in DynamicLayer. `batch_repeat_interleave` then allocates the buffer, and every later `update`
-    writes the slot `cursor.slot`, a tensor (1,) on the device, and returns the slots before `cursor.end`.
+    Prefill works as in DynamicLayer. Then `batch_repeat_interleave` allocates the buffer. After that, each `update`
+    writes to the slot `cursor.slot`, a tensor (1,) on the device, and returns the slots before `cursor.end`.
     """
 
     def __init__(self, num_slots, cursor):
@@ -63,8 +66,8 @@ class PreallocatedLayer(DynamicLayer):
         self.buffers = []
         for x in (self.keys, self.values):
             B, H, T, D = x.shape
-            # Zeros, since masked slots are read before they are written: anything else might be NaN. In autocast's
-            # dtype, to which attention would otherwise cast them at every step.
+            # Zeros, since attention reads masked slots before they are written, and garbage could be NaN. In autocast's
+            # dtype, to which attention would otherwise cast the buffer in every step.
             device = x.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
             buffer = x.new_zeros(B * repeats, H, self.num_slots, D, dtype=dtype)
@@ -91,12 +94,12 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
 
 
-MIN_SHARED = 8  # a shorter beginning of all prompts is not worth a forward pass of its own
-LENGTH_BUCKET = 128  # a captured step reads the cache up to its end rounded up to this many slots
+MIN_SHARED = 8  # a shorter common prefix is not worth a forward pass of its own
+LENGTH_BUCKET = 128  # a captured step reads the cache up to a multiple of this many slots
 
 
 def sample(logits, uniforms, temperature):
-    """Draw one token per row by inverting the cumulative distribution at `uniforms`; None takes the likeliest token.
+    """Draw one token per row by inverting the cumulative distribution at `uniforms`, or take the likeliest if None.
 
     logits: (B, V), any float dtype; uniforms: (B,) in [0, 1)
     Returns tokens (B,) and their fp32 log-probs (B,) under softmax(logits / temperature).
@@ -106,37 +109,37 @@ def sample(logits, uniforms, temperature):
         tokens = logits.argmax(-1, keepdim=True)
     else:
         cdf = probs.cumsum(-1)
-        # right=True: the first token whose cdf exceeds the draw, so never one of probability 0. Scaling by the last
-        # entry makes up for the sum's rounding.
+        # right=True finds the first token whose cdf exceeds the draw, so never one with probability 0. Scaling by the
+        # last entry compensates for rounding in the sum.
         draws = uniforms[:, None] * cdf[:, -1:]
         tokens = torch.searchsorted(cdf, draws, right=True).clamp(max=logits.shape[1] - 1)
-    smallest = torch.finfo(probs.dtype).tiny  # rounding of the sum can, very rarely, draw a token of probability 0
+    smallest = torch.finfo(probs.dtype).tiny  # in rare cases, rounding in the sum selects a token with probability 0
     return tokens[:, 0], probs.gather(-1, tokens)[:, 0].clamp(min=smallest).log()
 
 
 @dataclasses.dataclass
 class DecodeSettings:
-    """The settings shared by all generation of a run. Nothing else shapes the distribution that is sampled."""
+    """Settings of all generation in a run. Nothing else affects the sampled distribution."""
 
     max_new_tokens: int
-    stop_ids: list[int]  # tokens that end a completion; the model's generation_config is not read otherwise
-    temperature: float = 1.0  # of sampling; without `uniforms`, decoding is greedy
-    batch_size: int = 256  # completions decoded at once, but at least those of one prompt, or one block of prompts
+    stop_ids: list[int]  # tokens that end a completion
+    temperature: float = 1.0  # for sampling; without `uniforms`, decoding is greedy
+    batch_size: int = 256  # completions decoded at once, but at least one prompt's or one block's
     cuda_graphs: bool = True  # on a GPU, replay decode steps from a CUDA graph
 
 
 def generate(model, prompts, settings, num_samples=1, uniforms=None, on_rows=None, block_size=None):
-    """Complete prompts: `num_samples` completions each, sampled with `uniforms`, or greedily without.
+    """Generate `num_samples` completions per prompt, sampled with `uniforms`, or greedily if it is None.
 
     prompts: P lists of token ids
-    uniforms: (P * num_samples, max_new_tokens) in [0, 1), one number per token. A row's tokens follow from its prompt
-        and its numbers, whichever rows it shares a batch with
+    uniforms: (P * num_samples, max_new_tokens) in [0, 1), one number per token. A row's tokens depend only on its
+        prompt and its numbers, not on the other rows of the batch
     on_rows: called with the prompt index of each row in the batch, (rows,), whenever the rows change, so that forward
-        hooks can tell rows apart. It needs block_size: how many consecutive prompts the hooks treat alike
-    What all prompts of a block begin with is computed once. Returns Completions on the model's device.
+        hooks can tell rows apart. It requires block_size, the number of consecutive prompts that hooks treat alike
+    The common prefix of a block's prompts is computed once. Returns Completions on the model's device.
     """
-    assert num_samples == 1 or uniforms is not None, "greedy completions of one prompt are all the same"
-    assert on_rows is None or block_size, "rows that hooks treat differently must not share computation"
+    assert num_samples == 1 or uniforms is not None, "greedy completions of a prompt are identical"
+    assert on_rows is None or block_size, "on_rows needs block_size: blocks must not share computation"
     on_rows = on_rows or (lambda prompt_of_row: None)
     device, size = model.device, (len(prompts) * num_samples, settings.max_new_tokens)
     completions = Completions(
@@ -148,7 +151,7 @@ def generate(model, prompts, settings, num_samples=1, uniforms=None, on_rows=Non
     uniforms = None if uniforms is None else uniforms.to(device)
     block = block_size or 1
     chunk = max(1, settings.batch_size // (num_samples * block)) * block  # whole blocks
-    # Inference mode is faster, but autocast keeps no casts of weights in it: each would be cast anew at every step.
+    # Inference mode is faster, but autocast does not cache weight casts in it and would repeat them in every step.
     with torch.no_grad() if torch.is_autocast_enabled(device.type) else torch.inference_mode():
         for first in range(0, len(prompts), chunk):
             part = range(first, min(first + chunk, len(prompts)))
@@ -158,10 +161,10 @@ def generate(model, prompts, settings, num_samples=1, uniforms=None, on_rows=Non
 
 
 def _lay_out(prompts, shared, max_new_tokens):
-    """Cache slots of each row: the `shared` beginning of all prompts, padding, the rest of its prompt, its completion.
+    """Assign cache slots: the `shared` prefix of all prompts, padding, the rest of the prompt, the completion.
 
-    Returns ids (P, L) of the prompts, L the longest one's length, and attention_mask (P, S): S slots, a multiple of 8,
-    as GPUs would otherwise pad the mask in every layer.
+    Returns prompt ids (P, L), padded to the longest, and attention_mask (P, S). The number of slots S is a multiple of
+    8, since GPUs would otherwise pad the mask in every layer.
     """
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -176,7 +179,7 @@ def _lay_out(prompts, shared, max_new_tokens):
 
 
 def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, block_size, out):
-    """The decode loop, for the prompts in the range `part`; writes into the Completions `out`."""
+    """Run the decode loop for the prompts in the range `part`, and write to the Completions `out`."""
     device, network, P = model.device, inner_model(model), len(part)
     prompts = prompts[part.start : part.stop]
     cache, keeps_all = new_cache(network)
@@ -187,7 +190,7 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
     longest = ids.shape[1]
     positions = (attention_mask[:, :longest].cumsum(-1) - 1).clamp(min=0)
     cursor = SimpleNamespace(slot=torch.full((1,), longest, device=device), end=longest)
-    has_mask = keeps_all and network.config._attn_implementation == "sdpa"  # eager attention adds numbers
+    has_mask = keeps_all and network.config._attn_implementation == "sdpa"  # eager attention needs an additive mask
     if keeps_all:
         cache.layers = [PreallocatedLayer(attention_mask.shape[1], cursor) for _ in cache.layers]
 
@@ -195,8 +198,8 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
         options |= {"past_key_values": cache, "use_cache": True}
         return model(input_ids=ids, attention_mask=mask, position_ids=positions, **options).logits[:, -1]
 
-    # Prefill the shared beginning once per block, the rest of each prompt once, and repeat the cache for the samples.
-    # logits_to_keep is a tensor, not 1: a slice is not contiguous and turns lm_head into a batched product, far slower.
+    # Prefill the shared prefix once per block and the rest of each prompt once. Then repeat the cache for the samples.
+    # logits_to_keep is a tensor, since 1 selects a non-contiguous slice, with which lm_head is far slower.
     prompt_of_row, last = torch.arange(P, device=device), torch.tensor([-1], device=device)
     if shared:
         firsts = prompt_of_row[::block_size]
@@ -209,10 +212,10 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
     logits, position, attention_mask = (
         x.repeat_interleave(num_samples, 0) for x in (logits, positions[:, -1:], attention_mask)
     )
-    rows = part.start * num_samples + torch.arange(P * num_samples, device=device)  # those in the batch
+    rows = part.start * num_samples + torch.arange(P * num_samples, device=device)  # the rows in the batch
     on_rows(rows // num_samples)
 
-    # A step changes tensors in place and reads its position from tensors, so that a CUDA graph can replay it.
+    # A step updates tensors in place and reads its position from tensors, so that a CUDA graph can replay it.
     column = torch.zeros(1, dtype=torch.long, device=device)
     slots = torch.arange(attention_mask.shape[1], device=device)
     stop_ids, newest = torch.tensor(settings.stop_ids, device=device), torch.empty_like(position)
@@ -231,7 +234,7 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
     def step():
         position.add_(1)
         visible = attention_mask[:, : cursor.end]
-        if has_mask:  # the one the model would make, except that the end may lie beyond the slot
+        if has_mask:  # as the model would build it, except that the end may lie beyond the slot
             visible = (visible & (slots[: cursor.end] <= cursor.slot))[:, None, None]
         append_tokens(forward(newest, visible, position))
         cursor.slot.add_(1)
@@ -241,10 +244,10 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
     run_step = GraphedStep(step, enabled=settings.cuda_graphs and has_mask and device.type == "cuda")
     bucket = LENGTH_BUCKET if run_step.enabled else 1
     for end in range(longest + 1, longest + settings.max_new_tokens):
-        num_finished = int((~out.truncated[rows]).sum())  # the one wait for the device in a step
+        num_finished = int((~out.truncated[rows]).sum())  # the only synchronization with the device in a step
         if num_finished == len(rows):
             break
-        if num_finished >= (0.5 if run_step.enabled else 0.25) * len(rows):  # each drop costs a new capture
+        if num_finished >= (0.5 if run_step.enabled else 0.25) * len(rows):  # dropping rows requires a new capture
             keep = out.truncated[rows].nonzero()[:, 0]
             cache.batch_select_indices(keep)
             rows, newest, position, attention_mask = (x[keep] for x in (rows, newest, position, attention_mask))
@@ -257,10 +260,10 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
 
 
 class GraphedStep:
-    """Run a decode step; on a GPU, replay it from a CUDA graph, which spares the launch of every kernel.
+    """Run a decode step, on a GPU from a CUDA graph, which avoids the launch overhead of each kernel.
 
-    After `reset`, needed when shapes change, the first call runs eagerly, so that hooks and libraries can set up. The
-    second call captures a graph. If it is not `enabled`, every call runs eagerly.
+    Call `reset` when shapes change. The first call after it runs eagerly, so that hooks and libraries can initialize;
+    the second captures a graph. Unless `enabled`, every call runs eagerly.
     """
 
     def __init__(self, step, enabled):
@@ -286,19 +289,19 @@ class GraphedStep:
         self.graph.replay()
 
 
-MIN_SPARED = 0.1  # prompts are computed separately if that spares this share of all positions
-# Logits alive at once in the scoring pass. On CPUs 32 MiB, beyond which malloc takes every tensor from the system anew.
+MIN_SPARED = 0.1  # compute prompts separately if that saves at least this share of all positions
+# Logits per chunk in the scoring pass. 32 MiB on CPUs, since malloc returns larger tensors to the system each time.
 MAX_LOGITS = {"cpu": 2**23, "cuda": 2**25}
 
 
 def completion_log_probs(model, ids, completion_mask, temperature):
-    """Log-probs of completion tokens under softmax(logits / temperature), and that distribution's entropy, in nats.
+    """Return log-probs of completion tokens under softmax(logits / temperature), and its entropy in nats.
 
-    ids: (B, T) prompt and completion side by side, padded on the right
-    completion_mask: (B, T) bool, True at the tokens of each row's completion. Column t is the token at position t,
-        predicted from the tokens before it
-    Returns two fp32 tensors (B, T), 0 outside the mask; the entropy carries no gradient. Only completion tokens pass
-    through lm_head, in chunks that the backward pass recomputes: no (B, T, V) tensor exists at any time.
+    ids: (B, T) prompts and completions, padded on the right
+    completion_mask: (B, T) bool, True at completion tokens. Column t refers to the token at position t, predicted from
+        the tokens before it
+    Both results are fp32, (B, T), and 0 outside the mask; the entropy has no gradient. Only completion tokens pass
+    through lm_head, in chunks that the backward pass recomputes, so that no (B, T, V) tensor ever exists.
     """
     network = inner_model(model)
     hidden = _states_before(network, ids, completion_mask)  # (N, D)
@@ -322,30 +325,30 @@ def completion_log_probs(model, ids, completion_mask, temperature):
 
 
 def _states_before(network, ids, completion_mask):
-    """The last hidden state at the position before each completion token, (N, D), row by row.
+    """Return the last hidden state at the position before each completion token, (N, D), row by row.
 
-    A prompt, without its last token, is computed once for all rows that have it, and what all prompts begin with once
-    for all of them, where that spares enough positions. Completions attend to the keys and values, and gradients flow
-    back through these. See `shares_prompts`.
+    If that saves enough positions, each prompt (without its last token) is computed once for all of its rows, and the
+    common prefix of all prompts once. Completions attend to these keys and values, and gradients flow back through
+    them. See `shares_prompts`.
     """
     last, lengths = completion_mask.int().argmax(1) - 1, completion_mask.sum(1)  # (B,)
     L = max(1, int(last.max()))  # length of the longest prompt without its last token
     in_prompt = torch.arange(L, device=ids.device) < last[:, None]
     prompts, prompt_of_row = torch.where(in_prompt, ids[:, :L], -1).unique(dim=0, return_inverse=True)  # (P, L)
     offsets = torch.arange(int(lengths.max()), device=ids.device)
-    positions = last[:, None] + offsets  # (B, C) from a prompt's last position, which predicts a completion's first
-    beginning = 0 if len(prompts) == 1 else int((prompts == prompts[0]).all(0).cumprod(0).sum())
-    beginning = 0 if beginning < MIN_SHARED else beginning
-    spared = 1 - (beginning + prompts[:, beginning:].numel() + positions.numel()) / ids.numel()
+    positions = last[:, None] + offsets  # (B, C) from a prompt's last position, which predicts the first token
+    prefix = 0 if len(prompts) == 1 else int((prompts == prompts[0]).all(0).cumprod(0).sum())
+    prefix = 0 if prefix < MIN_SHARED else prefix
+    spared = 1 - (prefix + prompts[:, prefix:].numel() + positions.numel()) / ids.numel()
     if not shares_prompts(network) or not in_prompt.any() or spared < MIN_SPARED:
-        # Causal attention never sees the padding on the right: no mask and no position ids are needed.
+        # Causal attention never sees the padding on the right, so no mask or position ids are needed.
         hidden = network.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
         return hidden[:, :-1][completion_mask[:, 1:]]
     cache, _ = new_cache(network)
-    steps = [(prompts[:1, :beginning], torch.zeros_like(prompts[:, 0]))] if beginning else []
-    for part, rows in [*steps, (prompts[:, beginning:].clamp(min=0), prompt_of_row)]:
+    steps = [(prompts[:1, :prefix], torch.zeros_like(prompts[:, 0]))] if prefix else []
+    for part, rows in [*steps, (prompts[:, prefix:].clamp(min=0), prompt_of_row)]:
         network.base_model(input_ids=part, past_key_values=cache, use_cache=True)
-        for layer in cache.layers:  # index_select, not keys[rows], whose backward pass sums in no fixed order
+        for layer in cache.layers:  # index_select, since the backward pass of keys[rows] is not deterministic
             layer.keys, layer.values = (x.index_select(0, rows) for x in (layer.keys, layer.values))
     hidden = network.base_model(
         input_ids=ids.gather(1, positions.clamp(max=ids.shape[1] - 1)),

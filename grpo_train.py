@@ -1,4 +1,4 @@
-"""GRPO: group relative policy optimization of a language model, with verifiable rewards.
+"""GRPO: group relative policy optimization of a language model with verifiable rewards.
 
 Shao et al. 2024, "DeepSeekMath", arXiv:2402.03300, section 4. For each prompt q, sample G completions o_i from the
 policy and score them. The advantage of a completion is how much better it is than its group:
@@ -11,10 +11,10 @@ Then make K updates that raise the probability of good completions' tokens, with
     loss_t  = -min(ratio_t A, clip(ratio_t, 1 - clip_low, 1 + clip_high) A) + kl_weight * KL_t(pi || pi_ref)
 
 Departures from the paper:
-- The reference is the starting model (adapter off), and the paper replaces it periodically. By default kl_weight is 0.
+- The reference is the starting model (adapter off); the paper replaces it periodically. By default, kl_weight is 0.
 - loss_t is averaged over all completion tokens of the step (`loss_normalization: token`, DAPO, arXiv:2503.14476), not
   within each completion first (`sequence`). `constant` is Dr. GRPO, arXiv:2503.20783.
-- pi_old comes from the first training pass, not from the sampler: in the first update, ratio_t is exactly 1.
+- pi_old comes from the first training pass, not from the sampler, so ratio_t is exactly 1 in the first update.
 - Equal rewards in a group give advantages of exactly 0. Completions of advantage 0 are skipped when kl_weight is 0.
 
     python grpo_train.py
@@ -22,11 +22,11 @@ Departures from the paper:
     python grpo_train.py learning_rate=2e-5 group_size=16 lora.rank=32
     accelerate launch --num_processes 2 grpo_train.py      (on a CPU: torchrun --nproc_per_node 2 grpo_train.py)
 
-Where to change what: the advantage, `group_advantages`; the loss, `policy_loss` and `token_weights`, put together in
-`micro_batch_loss`; what is trained, `make_policy`; a metric, `metrics` in `train` (per token: TOKEN_METRICS); the loop,
-`train`. Not here: sampling and log-probs (generation.py), rewards (reward.py), checkpoints and logs (runs.py).
+Where to change what: the advantage in `group_advantages`; the loss in `policy_loss` and `token_weights`, combined in
+`micro_batch_loss`; the trained parameters in `make_policy`; metrics in `train` (per token: TOKEN_METRICS); the loop in
+`train`. Elsewhere: sampling and log-probs (generation.py), rewards (reward.py), checkpoints and logs (runs.py).
 
-Letters in shapes: P prompts, G completions per prompt, B = P * G rows, b rows of a micro-batch, T tokens.
+Shapes: P prompts, G completions per prompt, B = P * G rows, b rows in a micro-batch, T tokens.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ from reward import UserError
 from runs import Run, run_identity
 from utils import draw_problems, gather_scores, non_finite, schedule_factor, score_completions, share
 
-# --- Config: grpo_config.yml says what each key means -----------------------------------------------------------------
+# --- Config: grpo_config.yml documents each key -----------------------------------------------------------------------
 
 
 class LoRA(utils.Config):
@@ -67,7 +67,7 @@ class GRPOConfig(utils.RunConfig):
     # Rollout
     num_steps: PositiveInt = 60
     prompts_per_step: PositiveInt = 32
-    group_size: int = Field(8, ge=2)  # a group of one has no spread to compare with
+    group_size: int = Field(8, ge=2)  # a group of one has nothing to compare with
     temperature: PositiveFloat = 1.0
     # Objective
     scale_advantages: Literal["group", "batch", "none"] = "group"
@@ -98,11 +98,11 @@ class GRPOConfig(utils.RunConfig):
 
 # --- The math ---------------------------------------------------------------------------------------------------------
 
-MAX_LOG_RATIO = 20.0  # exp(20) is 5e8: beyond this a ratio says nothing more, and exp would overflow
+MAX_LOG_RATIO = 20.0  # clamp log-ratios before exp, which would overflow; exp(20) is 5e8
 
 
 def group_advantages(rewards, scale):
-    """Advantages (P, G) of rewards (P, G): reward minus its group's mean, over a standard deviation (section 4.1.2).
+    """Return advantages (P, G): (reward - group mean) / standard deviation (section 4.1.2). rewards: (P, G)
 
     scale: "group" divides by the group's standard deviation (over G - 1), "batch" by that of all rewards, "none" by 1
     Equal rewards get exactly 0. Compare them instead of adding an epsilon: rounding can leave a tiny nonzero std.
@@ -118,9 +118,9 @@ def group_advantages(rewards, scale):
 
 
 def token_weights(lengths, normalization, max_new_tokens):
-    """Weight of each token of a row in the step's loss, (B,); the loss is the weighted sum over all tokens.
+    """Return the weight of each token of a row, (B,). The step's loss is the weighted sum over all tokens.
 
-    lengths: (B,) completion tokens of all rows of all processes, 0 for a row that is left out of the loss
+    lengths: (B,) completion tokens of all rows of all processes, 0 for a row that is excluded from the loss
     normalization: "token" is the mean over tokens, "sequence" the mean over rows of the mean over their tokens,
         "constant" the sum over B * max_new_tokens
     """
@@ -133,9 +133,9 @@ def token_weights(lengths, normalization, max_new_tokens):
 
 
 def policy_loss(log_probs, old_log_probs, advantages, clip_low, clip_high, ratio_level="token", mask=None):
-    """The clipped surrogate per token (eq. 3, negated) and the ratio pi / pi_old, both (b, T). advantages: (b, 1)."""
-    log_ratio = log_probs - old_log_probs  # 0 outside of the mask (b, T)
-    if ratio_level == "sequence":  # one ratio per completion, of the mean log-ratio (GSPO, arXiv:2507.18071, eq. 7)
+    """Return the clipped loss per token (eq. 3, negated) and the ratio pi / pi_old, both (b, T). advantages: (b, 1)"""
+    log_ratio = log_probs - old_log_probs  # (b, T), 0 outside the mask
+    if ratio_level == "sequence":  # one ratio per completion, from the mean log-ratio (GSPO, arXiv:2507.18071, eq. 7)
         log_ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True)).expand_as(log_ratio)
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -143,8 +143,10 @@ def policy_loss(log_probs, old_log_probs, advantages, clip_low, clip_high, ratio
 
 
 def kl_estimate(log_probs, ref_log_probs):
-    """KL(pi || pi_ref) per token, (b, T), never negative: exp(d) - d - 1, d = log(pi_ref / pi) (eq. 4). Unbiased if the
-    tokens were sampled from pi, as in the first update."""
+    """Per-token estimate of KL(pi || pi_ref), (b, T): exp(d) - d - 1 with d = log(pi_ref / pi) (eq. 4).
+
+    It is never negative, and unbiased if the tokens were sampled from pi, as in the first update.
+    """
     d = (ref_log_probs - log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return d.exp() - d - 1
 
@@ -153,8 +155,10 @@ def kl_estimate(log_probs, ref_log_probs):
 
 
 def make_policy(model, lora, gradient_checkpointing):
-    """The model with what is trained requiring gradients: its adapter, or with `lora: null` all of it. A model that has
-    an adapter already continues with it; a frozen copy of that adapter, "reference", is then the reference policy."""
+    """Return the model with gradients enabled for a LoRA adapter, or for all parameters if `lora` is None.
+
+    A model that was loaded with an adapter continues to train it. A frozen copy of it becomes the reference policy.
+    """
     linear = (torch.nn.Linear, Conv1D)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, linear) and ".lora_" not in name}
     if isinstance(model, PeftModel):
@@ -179,7 +183,7 @@ def make_policy(model, lora, gradient_checkpointing):
         shape = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": lora.target_modules}
         shape["fan_in_fan_out"] = any(isinstance(layer, Conv1D) for layer in layers.values())  # GPT-2
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **shape))
-    model.eval()  # no dropout, in an adapter from elsewhere either; gradients flow all the same
+    model.eval()  # no dropout, in a loaded adapter either; gradients still flow
     if gradient_checkpointing:
         inner_model(model).gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     return model
@@ -187,9 +191,11 @@ def make_policy(model, lora, gradient_checkpointing):
 
 @contextlib.contextmanager
 def merged_adapter(model):
-    """The model with its adapter merged into the weights: the same policy in far fewer operations, to sample from.
-    Only on CPUs, where every operation costs, and in fp32: rounding the sum to bf16 would change the policy. Not for
-    adapters with biases, which PEFT cannot always merge."""
+    """Merge the adapter into the weights for sampling: the same policy in far fewer operations.
+
+    Only on CPUs, where each operation has a noticeable cost, and in fp32, since rounding the sum to bf16 would change
+    the policy. PEFT cannot merge every adapter with biases, so those stay separate.
+    """
     is_fp32_on_cpu = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
     if not is_fp32_on_cpu or not isinstance(model, PeftModel) or model.peft_config["default"].lora_bias:
         yield
@@ -208,7 +214,7 @@ def merged_adapter(model):
 
 @contextlib.contextmanager
 def reference_policy(model, frozen_copy):
-    """The model to compute reference log-probs with: what training started from."""
+    """Yield the reference policy: the model that training started from."""
     if frozen_copy is not None:
         yield frozen_copy
     elif "reference" in model.peft_config:
@@ -222,7 +228,7 @@ def reference_policy(model, frozen_copy):
 
 @contextlib.contextmanager
 def checkpointed_layers(model):
-    """Let layers recompute their activations in the backward pass, for which they must be in train mode."""
+    """Put layers with gradient checkpointing into train mode, without which transformers does not recompute them."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
         layer.training = layer.gradient_checkpointing
@@ -235,7 +241,7 @@ def checkpointed_layers(model):
 
 
 def rollout(policy, problems, uniforms, settings, accelerator):
-    """G completions of each problem. uniforms: (P, G, max_new_tokens)"""
+    """Sample G completions of each problem. uniforms: (P, G, max_new_tokens)"""
     prompts, G = [problem.ids for problem in problems], uniforms.shape[1]
     with merged_adapter(policy), accelerator.autocast():
         return generate(policy, prompts, settings, num_samples=G, uniforms=uniforms.flatten(0, 1))
@@ -253,16 +259,16 @@ class MicroBatch:
 
 
 def make_micro_batches(prompts, completions, advantages, weights, token_budget, shares_prompts):
-    """Rows of weight > 0 in micro-batches of whole groups, so that each prompt is computed once; or of rows of similar
-    length, where that computes fewer positions, as with short prompts and completions of very different lengths.
+    """Pack the rows of nonzero weight into micro-batches of whole groups, so that each prompt is computed once.
 
-    A micro-batch computes about `token_budget` positions at most, padding included: its prompts, once each if the model
-    `shares_prompts`, their common beginning once for all, and the completions of its rows. A group that is too large
-    alone is split, down to single rows.
-    prompts: P lists of ids; completions, advantages (P * G,), weights (P * G,): of G rows for each prompt
+    Rows of similar length are packed instead where that computes fewer positions, as with short prompts and completions
+    of very different lengths. A micro-batch computes at most about `token_budget` positions, padding included. If the
+    model `shares_prompts`, these are the common prefix of its prompts, the rest of each prompt, and the completions. A
+    group that exceeds the budget is split into rows.
+    prompts: P lists of token ids; completions: P * G rows; advantages, weights: (P * G,)
     """
     G, lengths = len(weights) // len(prompts), completions.mask.sum(1).tolist()
-    beginning = len(os.path.commonprefix(prompts)) if shares_prompts else 0
+    prefix = len(os.path.commonprefix(prompts)) if shares_prompts else 0
 
     def prompt_of(row):
         return prompts[row // G]
@@ -271,8 +277,8 @@ def make_micro_batches(prompts, completions, advantages, weights, token_budget, 
         return max(lengths[row] + (0 if shares_prompts else len(prompt_of(row))) for row in rows)
 
     def num_positions(rows):
-        rest = max(len(prompt_of(row)) for row in rows) - beginning if shares_prompts else 0
-        return beginning + len({row // G for row in rows}) * rest + len(rows) * longest(rows)
+        rest = max(len(prompt_of(row)) for row in rows) - prefix if shares_prompts else 0
+        return prefix + len({row // G for row in rows}) * rest + len(rows) * longest(rows)
 
     def pack(groups):
         batches = [[]]
@@ -304,14 +310,16 @@ def make_micro_batches(prompts, completions, advantages, weights, token_budget, 
     return micro_batches
 
 
-# Logged by `micro_batch_loss`. The list is fixed because all processes must summarize the same names in one order.
+# Logged by `micro_batch_loss`. The list is fixed, since all processes must summarize the same names in the same order.
 TOKEN_METRICS = ("ratio", "kl_old", "kl_k1", "kl_k3", "clip_low", "clip_high", "entropy", "sampler_gap")
-EXTREMES = ("ratio", "sampler_gap")  # of which minimum and maximum are logged too
+EXTREMES = ("ratio", "sampler_gap")  # the minimum and maximum of these are logged, too
 
 
 def micro_batch_loss(model, batch, config, frozen_copy, autocast):
-    """One micro-batch's part of the step's loss, its KL part without gradient, and {name: (n,)} to log, one per token.
-    The first update records the batch's old log-probs, pi_old, and computes those of the reference."""
+    """Return a micro-batch's share of the step's loss, its KL term (detached), and per-token metrics {name: (n,)}.
+
+    In the first update, record the log-probs as pi_old in the batch, and compute those of the reference.
+    """
     with checkpointed_layers(model), autocast():
         log_probs, entropy = completion_log_probs(model, batch.ids, batch.mask, config.temperature)
     values = {"entropy": entropy}  # {name: (b, T)}
@@ -343,10 +351,11 @@ def micro_batch_loss(model, batch, config, frozen_copy, autocast):
 
 
 def update(policy, optimizer, micro_batches, config, frozen_copy, accelerator, values):
-    """One optimizer step on the gradient of the whole step's loss, summed over micro-batches and processes.
+    """Take one optimizer step on the gradient of the whole step's loss, summed over micro-batches and processes.
 
-    values: {name of TOKEN_METRICS: list of (n,)}, to which this update's are appended
-    Returns the loss and its KL part, (2,), the gradient's norm, and why no step was made if one of them is not finite.
+    values: {name in TOKEN_METRICS: list of (n,)}, extended by the metrics of this update
+    Return the loss and its KL term (2,), the gradient norm, and None, or the reason if no step was taken because one of
+    them is not finite.
     """
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     losses = torch.zeros(2, device=accelerator.device)
@@ -363,7 +372,7 @@ def update(policy, optimizer, micro_batches, config, frozen_copy, accelerator, v
     if is_finite:
         optimizer.step()
     optimizer.zero_grad()
-    failure = None if is_finite else f"the loss is {losses[0]:.3g}, the norm of its gradient {grad_norm:.3g}"
+    failure = None if is_finite else f"the loss is {losses[0]:.3g} and the gradient norm {grad_norm:.3g}"
     return losses, grad_norm, failure
 
 
@@ -371,7 +380,7 @@ def update(policy, optimizer, micro_batches, config, frozen_copy, accelerator, v
 
 
 def save_progress(path, setup, optimizer):
-    """Write a checkpoint's files: the trained weights as a Hugging Face folder, and AdamW's moments."""
+    """Write the trained weights as a Hugging Face folder, and AdamW's moments."""
     utils.save_model(setup.model, setup.tokenizer, path / "model")
     state = optimizer.state_dict()["state"]  # {index: {"step", "exp_avg", "exp_avg_sq"}}, empty before the first update
     moments = {f"{index}.{key}": value for index, values in state.items() for key, value in values.items()}
@@ -379,7 +388,7 @@ def save_progress(path, setup, optimizer):
 
 
 def load_progress(path, setup, optimizer, weights):
-    """Restore what `save_progress` wrote. weights: {name: trained parameter}"""
+    """Restore the state that `save_progress` wrote. weights: {name: trained parameter}"""
     if isinstance(setup.model, PeftModel):
         set_peft_model_state_dict(setup.model, load_file(path / "model" / "adapter_model.safetensors"), "default")
     else:
@@ -395,26 +404,26 @@ def load_progress(path, setup, optimizer, weights):
 
 
 def train(config, setup, run, optimizer, frozen_copy=None):
-    """Run the algorithm of the paper. frozen_copy: the reference policy, if there is no adapter to switch off."""
+    """Run the paper's algorithm. frozen_copy: the reference policy, if there is no adapter to disable"""
     policy, accelerator = setup.model, setup.accelerator
     P, G, K = config.prompts_per_step, config.group_size, config.updates_per_step
-    mine = share(P, accelerator)  # the slice of the prompts that this process takes
+    mine = share(P, accelerator)  # the slice of the prompts that this process completes
     for step in run.steps():
-        # 1. Sample P prompts and, from the current policy, G completions of each. This process takes its share.
+        # 1. Sample P prompts, and G completions of each from the current policy. Each process takes its share.
         with run.phase("rollout"):
             problems = draw_problems(setup.train_set, step, P, config.seed)[mine]
             generator = utils.seeded_generator(config.seed, "rollout", step)
-            uniforms = torch.rand(P, G, config.max_new_tokens, generator=generator)  # what tokens are sampled with
+            uniforms = torch.rand(P, G, config.max_new_tokens, generator=generator)  # for `sample`
             completions = rollout(policy, problems, uniforms[mine], setup.settings, accelerator)
 
-        # 2. Score every completion. Scores are those of all processes: {name: (P * G,)}.
+        # 2. Score every completion. Gather the scores of all processes: {name: (P * G,)}.
         with run.phase("reward"):
             problem_of_row = [problem for problem in problems for _ in range(G)]
             rows = score_completions(config.rewards, completions, setup.tokenizer, problem_of_row)
             scores = gather_scores(rows, accelerator.device)
-        skipped = non_finite(scores)  # why this step makes no update, or None
+        skipped = non_finite(scores)  # the reason to skip the update, or None
 
-        # 3. Advantages within each group, and the weight of each completion's tokens in the loss, all (P, G).
+        # 3. Compute advantages within each group, and the weight of each completion's tokens in the loss, (P, G).
         rewards = scores["reward"].view(P, G)
         advantages = group_advantages(rewards, config.scale_advantages)
         lengths = scores["length"]  # (P * G,)
@@ -424,7 +433,7 @@ def train(config, setup, run, optimizer, frozen_copy=None):
         if config.kl_weight == 0:  # zero-advantage completions contribute no gradient: skip their forward pass
             loss_weights = torch.where(advantages == 0, 0.0, loss_weights)
 
-        # 4. K clipped policy-gradient updates. The first one records pi_old. `losses` are those of the last one.
+        # 4. Take K clipped policy-gradient updates. The first records pi_old. `losses` keeps those of the last.
         factor = schedule_factor(config.lr_schedule, step, config.num_steps, config.warmup_steps)
         learning_rate = optimizer.param_groups[0]["lr"] = config.learning_rate * factor
         losses, grad_norm, values = torch.zeros(2), 0.0, {name: [] for name in TOKEN_METRICS}
@@ -442,7 +451,7 @@ def train(config, setup, run, optimizer, frozen_copy=None):
         token_stats = utils.summarize(values, accelerator)  # {name: (mean, min, max)}
         metrics = {
             "reward/group_std": rewards.std(dim=1).mean(),
-            "reward/equal_groups": (rewards.amax(1) == rewards.amin(1)).float().mean(),
+            "reward/zero_variance_groups": (rewards.amax(1) == rewards.amin(1)).float().mean(),
             **{f"policy/{name}": mean for name, (mean, _, _) in token_stats.items()},
             **{f"policy/{name}_min": low for name, (_, low, _) in token_stats.items() if name in EXTREMES},
             **{f"policy/{name}_max": high for name, (_, _, high) in token_stats.items() if name in EXTREMES},
@@ -452,21 +461,21 @@ def train(config, setup, run, optimizer, frozen_copy=None):
             "optim/learning_rate": learning_rate,
             "progress/prompts": (step + 1) * P,
         }
-        run.log(step, scores, metrics, skipped, no_signal=metrics["reward/equal_groups"] == 1)
+        run.log(step, scores, metrics, skipped, no_signal=metrics["reward/zero_variance_groups"] == 1)
 
 
 def main(config):
-    # Trained weights are fp32, as bf16 would round most updates away: PEFT keeps adapters of a bf16 model in fp32.
+    # Train fp32 weights, since bf16 would round most updates away. PEFT keeps adapters of a bf16 model in fp32.
     weights_dtype = "float32" if config.lora is None else config.dtype
     decoding = {"temperature": config.temperature, "batch_size": config.generation_batch_size}
     setup = utils.set_up(config, weights_dtype, autocast=config.dtype == "bfloat16", **decoding)
-    share(config.prompts_per_step, setup.accelerator)  # enough prompts for all processes
+    share(config.prompts_per_step, setup.accelerator)  # raises if there are fewer prompts than processes
     utils.check_chunked_head(setup.model)
-    identity = run_identity(config, setup)  # of the model without a new adapter
+    identity = run_identity(config, setup)  # of the model before it gets an adapter
     setup.model = policy = make_policy(setup.model, config.lora, config.gradient_checkpointing)
     for module in policy.modules():
         if config.dtype == "bfloat16" and hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False  # PEFT would cast to fp32 what autocast then casts back to bf16
+            module.cast_input_dtype_enabled = False  # PEFT would cast inputs to fp32, and autocast back to bf16
     trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
     frozen_copy = copy.deepcopy(policy).requires_grad_(False) if config.lora is None and config.kl_weight else None
     optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay)

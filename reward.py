@@ -1,12 +1,12 @@
-"""Rewards: from completions and reference answers, both text, to numbers in [0, 1]. No torch here.
+"""Reward functions: compare completions with reference answers, both text, and return numbers in [0, 1].
 
-Completions are hostile input. Nothing in them is executed, sizes are bounded before any arithmetic, and what cannot be
-read as an answer is simply wrong. A bug in a reward function, on the other hand, stops the run.
+Completions are untrusted input. Nothing in them is executed, sizes are bounded before any arithmetic, and anything that
+cannot be parsed as an answer is wrong. A bug in a reward function, on the other hand, stops the run.
 
-A reward function has the signature that TRL's GRPOTrainer uses, `f(completions, answer, **columns) -> list[float]`:
-it gets every column of the dataset as a list with one entry a completion, and the prompts as `prompts`, as plain text.
-It may return NumPy or torch values, and None for a completion that it does not apply to, which counts as 0. Add yours
-to REWARDS, or name it in the config as `my_module:my_function`. Async functions, and TRL's `completion_ids`,
+A reward function has the signature of TRL's GRPOTrainer, `f(completions, answer, **columns) -> list[float]`. It gets
+every column of the dataset as a list with one entry per completion, and the prompts as `prompts`, in plain text. It may
+return NumPy or torch values, and None for completions that it does not apply to, which counts as 0. Add yours to
+REWARDS, or name it in the config as `my_module:my_function`. Async functions, and TRL's `completion_ids`,
 `trainer_state` and conversational completions are not supported.
 """
 
@@ -19,12 +19,12 @@ from fractions import Fraction
 
 
 class UserError(Exception):
-    """An error in what the user gave: the program prints it as one line. Every other exception shows its traceback."""
+    """An error in the user's input, printed as one line. Every other exception shows its traceback."""
 
 
-MAX_ANSWER_CHARS = 200  # a longer answer is wrong, unread
-MAX_TEXT_CHARS = 200_000  # likewise a longer completion
-MAX_TAIL_CHARS = 1_000  # how far from its end the last value of a text is looked for
+MAX_ANSWER_CHARS = 200  # longer answers are wrong
+MAX_TEXT_CHARS = 200_000  # longer completions are wrong
+MAX_TAIL_CHARS = 1_000  # search for the last value in this many characters
 MAX_POWER = 1_000
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -34,7 +34,7 @@ _FORMAT = re.compile(r"\s*<think>.*</think>\s*<answer>(.*)</answer>\s*", re.DOTA
 def strict_answer(text):
     """Return the answer in a text of the format "<think>…</think><answer>…</answer>", or None for any other text.
 
-    Each tag occurs exactly once, in this order, with nothing but white space before, between and after the two blocks.
+    Each tag must occur exactly once, in this order, with only white space before, between and after the blocks.
     """
     if len(text) > MAX_TEXT_CHARS or any(text.count(tag) != 1 for tag in TAGS):
         return None
@@ -42,9 +42,9 @@ def strict_answer(text):
     return match and match[1].strip()
 
 
-# --- Values: how numbers and polynomials are written ------------------------------------------------------------------
+# --- Values: the notation of numbers and polynomials ------------------------------------------------------------------
 
-# LaTeX and Unicode to plain characters. No pattern can backtrack: each repeats one class of characters.
+# LaTeX and Unicode to plain characters. No pattern can backtrack: each repeats a single character class.
 _SPELLINGS = [
     (re.compile("[−–‐‑]"), "-"),
     (re.compile(r"\\(?:left|right|displaystyle|[,!;: ])|\\(?=[$%])"), ""),
@@ -53,26 +53,26 @@ _SPELLINGS = [
         re.compile(r"\\[dt]?frac *(?:\{ *(-?[0-9]{1,50}) *\}|([0-9])) *(?:\{ *([0-9]{1,50}) *\}|([0-9])(?![0-9]))"),
         r" \1\2/\3\4",
     ),
-    (re.compile(r"(?:√|\\sqrt(?:\[[0-9a-z]\])?) *(?:\{[^{}]{0,50}\}|[0-9]+)|π|\\pi"), "(x)(x)"),  # is not worked out
+    (re.compile(r"(?:√|\\sqrt(?:\[[0-9a-z]\])?) *(?:\{[^{}]{0,50}\}|[0-9]+)|π|\\pi"), "(x)(x)"),  # not evaluated
     (re.compile(r"\\[dt]?frac *\{([^{}]{0,50})\} *\{([^{}]{0,50})\}"), r"(\1)/(\2)"),
     (re.compile(r"(?<=[0-9]) *(?:×|\\times) *10 *\^ *\{?(-?[0-9]{1,3})\}?"), r"e\1"),
     (re.compile(r"\^\{([0-9]{1,9})\}"), r"^\1"),
     (re.compile(r"\\[()\[\]]"), "$"),
-    (re.compile(r"\\cdot|\\times|\\div|[×÷·]"), "*"),  # expressions, which are not worked out
+    (re.compile(r"\\cdot|\\times|\\div|[×÷·]"), "*"),  # expressions, which are not evaluated
 ]
 _WRAPPERS = {"**": "**", "__": "__", "$$": "$$", "$": "$", "`": "`", "*": "*", "\\boxed{": "}", "(": ")"}
 _ASSIGNMENT = re.compile(r"[A-Za-z] *= *([^=]+)")
 
 
 def plain_spelling(text):
-    """The text in plain characters: \\frac{1}{2} is 1/2, 1.5 \\times 10^3 is 1.5e3, − is -."""
+    """Rewrite a text in plain characters: \\frac{1}{2} is 1/2, 1.5 \\times 10^3 is 1.5e3, − is -."""
     for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)
     return text
 
 
 def unwrapped(text):
-    """What is inside the typesetting of one value: **42**, $42$, \\boxed{42}, (42), x = 42, 42."""
+    """Remove the typesetting around one value: **42**, $42$, \\boxed{42}, (42), x = 42, 42."""
     before = None
     while text != before:
         before = text = text.strip().removesuffix(".").strip()
@@ -89,7 +89,7 @@ def unwrapped(text):
 
 
 def _closing(text, start):
-    """Index of the bracket that closes the one at `start`, or -1."""
+    """Return the index of the bracket that closes the one at `start`, or -1."""
     depth, pair = 0, text[start] + {"(": ")", "{": "}"}[text[start]]
     for index in range(start, min(len(text), start + MAX_ANSWER_CHARS)):
         depth += (text[index] == pair[0]) - (text[index] == pair[1])
@@ -98,8 +98,8 @@ def _closing(text, start):
     return -1
 
 
-# An optional sign, coefficient and power of x. Quantified groups start with characters that cannot end what stands
-# before them, so matching is linear in the length.
+# An optional sign, coefficient and power of x. Quantified groups start with characters that cannot end the preceding
+# group, so matching takes linear time.
 _TERM = re.compile(
     r"(?P<sign>[+-]?)(?P<dollar>\$?)(?P<number>[0-9]+(?:,[0-9]{3})*)?(?P<decimals>\.[0-9]+)?"
     r"(?:[eE](?P<exponent>[+-]?[0-9]{1,3}))?(?:/(?P<denominator>[0-9]+))?(?P<percent>%?)"
@@ -109,12 +109,12 @@ _MIXED = re.compile(r"(-?)([0-9]+) +([0-9]+)/([0-9]+)")
 
 
 def parse_value(text):
-    """A number or an expanded polynomial in x as {power: coefficient}, exact and without zeros; None if it is neither.
+    """Parse a number or an expanded polynomial in x as {power: coefficient}, exact and without zeros, else None.
 
-    Numbers are integers, decimals, fractions, mixed numbers and 1.5e3; thousands may be set off by commas, and "$" and
-    "%" are units: "75%" is 75. A polynomial is a sum in which each power occurs once, as in "x^2-2x+1" or
-    "x**2 - 2*x + 1". Typesetting around one value means nothing, see `unwrapped`. What is still to be worked out is no
-    value: "3+4", "2x+x", "14/2", a product of brackets.
+    Numbers are integers, decimals, fractions, mixed numbers and 1.5e3. Commas may separate thousands, and "$" and "%"
+    are units: "75%" is 75. A polynomial is a sum in which each power occurs once, as in "x^2-2x+1" or "x**2 - 2*x + 1".
+    Typesetting is ignored, see `unwrapped`. An unevaluated expression is not a value: "3+4", "2x+x", "14/2", a product
+    of brackets.
     """
     if len(text) > MAX_ANSWER_CHARS:
         return None
@@ -123,7 +123,7 @@ def parse_value(text):
     if mixed and int(mixed[3]) < int(mixed[4]):
         value = int(mixed[2]) + Fraction(int(mixed[3]), int(mixed[4]))
         return {0: -value if mixed[1] else value} if value else {}
-    text = re.sub(r"\s*([-+*^])\s*", r"\1", text)  # white space around operators means nothing; "1 2" is not 12
+    text = re.sub(r"\s*([-+*^])\s*", r"\1", text)  # ignore white space around operators; "1 2" is not 12
     coefficients, position = {}, 0
     while position < len(text) or not coefficients:
         term = _TERM.match(text, position)
@@ -155,17 +155,17 @@ def parse_value(text):
 
 # --- Values in free text ----------------------------------------------------------------------------------------------
 
-# Runs of characters that values are written with; words, = and everything else separate them.
+# Runs of characters that occur in values. Words, = and everything else separate them.
 _RUN = re.compile(r"[0-9eExX^*+\-./,$% ()]+")
-_WORD = re.compile(r"((?<=[0-9])[eE](?=[+-]?[0-9]))|[A-Za-z]+")  # the e of 1.5e3 belongs to a number
+_WORD = re.compile(r"((?<=[0-9])[eE](?=[+-]?[0-9]))|[A-Za-z]+")  # the e in 1.5e3 is part of a number
 _BULLET = re.compile(r"(?<=\n)[ \t]*(?:[-*•]|[0-9]{1,3}[.)])[ \t]+(?=\S)")
 _LIST = re.compile(r"(?<=\S) +(?=[-$.]?[0-9])")
 _MARKERS = ("answer is", "answer:")
 
 
 def values_in(text):
-    """The values written in a text, in order, as text; None for an expression that is still to be worked out, unless
-    "=" follows. A "- " or "1. " after a line break is a bullet."""
+    """Return the values in a text, in order, as text; None for an unevaluated expression, unless "=" follows. A "- " or
+    "1. " after a line break is a bullet."""
     text = re.sub(r"\.{2,}", " ", plain_spelling(_BULLET.sub("", text)))
     text = _WORD.sub(lambda match: match[0] if match[1] or match[0] in "xX" else "|", text)
     text, found = text.replace("\\", "|"), []
@@ -183,10 +183,10 @@ def values_in(text):
 
 
 def lenient_answer(text):
-    """The value that a person would read as the final answer, as written there; None if there is none.
+    """Return the value that a person would read as the final answer, as text, or None.
 
-    It is in the last answer tag, else in the last \\boxed{}, else after the last "####", "answer is" or "Answer:", else
-    the last value of the text.
+    Look in the last answer tag, else in the last \\boxed{}, else after the last "####", "answer is" or "Answer:", else
+    take the last value of the text.
     """
     text = text[-MAX_TEXT_CHARS:]
     start, end = text.rfind("<answer>"), text.rfind("</answer>")
@@ -207,13 +207,13 @@ def lenient_answer(text):
             is_choice = len(values) > 1 and re.match(r"\W{0,3}(or|and)\W", sentence.partition(first)[2])
             return None if is_choice else first
     tail = text[-MAX_TAIL_CHARS:]
-    if len(tail) < len(text):  # what the cut went through is no value of the text
+    if len(tail) < len(text):  # the first value may be incomplete
         tail = tail.lstrip("0123456789xX^*+-−./,$% ")
     return next(filter(None, reversed(values_in("\n" + tail))), None)
 
 
 def single_value(text):
-    """The one value in a text, with a unit word perhaps; None if there are none or several."""
+    """Return the only value in a text, which may have a unit word; None if there are none or several."""
     if len(text) > MAX_ANSWER_CHARS:
         return None
     values = [text] if parse_value(text) is not None else values_in(text)
@@ -221,13 +221,13 @@ def single_value(text):
 
 
 def reference_value(reference):
-    """`parse_value` of a reference answer, or of what follows "####" in it."""
+    """Parse a reference answer, or the part of it after "####"."""
     value = parse_value(reference)
     return value if value is not None else parse_value(reference.rpartition("####")[2])
 
 
 def same_answer(answer, reference):
-    """True if both are the same exact value, or, for references that are no value (a word, say), the same text."""
+    """Return True for the same exact value, or the same text if the reference is not a value (a word, say)."""
     if answer is None:
         return False
     value = reference_value(reference)
@@ -241,7 +241,7 @@ def strict_correct(text, reference):
 
 
 def lenient_correct(text, reference):
-    """True for what is strictly correct too: an answer in words is not among the numbers of the text."""
+    """Return True also for a strictly correct text, whose answer may be a word."""
     return strict_correct(text, reference) or same_answer(lenient_answer(text), reference)
 
 
@@ -261,7 +261,7 @@ def lenient_accuracy_reward(completions, answer, **columns):
 
 
 def tag_count_reward(completions, **columns):
-    """A quarter for each of the four tags that occurs exactly once: a gradient towards the format from the start."""
+    """A quarter for each of the four tags that occurs exactly once: partial credit on the way to the format."""
     return [sum(text.count(tag) == 1 for tag in TAGS) / len(TAGS) for text in completions]
 
 
@@ -274,7 +274,7 @@ REWARDS = {
 
 
 def find_reward(name):
-    """The function behind a name in REWARDS or behind "my_module:my_function". A module that fails on import raises."""
+    """Return the function for a name in REWARDS or "my_module:my_function". An error in the module is raised."""
     if name in REWARDS:
         return REWARDS[name]
     module_name, _, function_name = name.partition(":")
@@ -283,9 +283,9 @@ def find_reward(name):
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if not f"{module_name}.".startswith(f"{error.name}."):  # the module is there and lacks something itself
+        if not f"{module_name}.".startswith(f"{error.name}."):  # the module exists, but one of its imports does not
             raise
-        raise UserError(f"rewards: {name!r}: there is no module {error.name} on the path") from None
+        raise UserError(f"rewards: {name!r}: there is no module {error.name}") from None
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"rewards: {name!r}: {module_name} has no function {function_name}")
@@ -295,11 +295,11 @@ def find_reward(name):
 
 
 def score(weights, completions, items):
-    """Score completions with each reward function of the config.
+    """Score completions with the reward functions of the config.
 
-    weights: {name: weight}; completions: B texts; items: B dataset items, the one that each completion answers
-    Returns B dicts: "reward" is the weighted sum, "reward/<name>" each function's own, unweighted; "accuracy/strict",
-    "accuracy/lenient" and "accuracy/format" are there whatever is rewarded. Values need not be finite.
+    weights: {name: weight}; completions: B texts; items: B dataset items, one per completion
+    Returns B dicts: "reward" is the weighted sum, "reward/<name>" the unweighted value of each function;
+    "accuracy/strict", "accuracy/lenient" and "accuracy/format" are always present. Values may be non-finite.
     """
     columns = {key: [item[key] for item in items] for key in items[0] if key != "prompt"}
     columns |= {"prompts": [item["prompt"] for item in items], "completions": completions}
@@ -309,7 +309,7 @@ def score(weights, completions, items):
         "accuracy/format": format_reward(completions),
     }
     for name in weights:
-        values = find_reward(name)(**copy.deepcopy(columns))  # a function may alter what it gets
+        values = find_reward(name)(**copy.deepcopy(columns))  # functions may modify their arguments
         values = values.tolist() if hasattr(values, "tolist") else values  # NumPy and torch
         if not isinstance(values, (list, tuple)) or len(values) != len(completions):
             expected = f"expected a list of {len(completions)} numbers"
@@ -317,7 +317,7 @@ def score(weights, completions, items):
         values = [value.item() if hasattr(value, "item") else 0.0 if value is None else value for value in values]
         for text, value in zip(completions, values, strict=True):
             if not isinstance(value, numbers.Real):
-                raise UserError(f"rewards: {name} returned {value!r}, no number, for {text[:80]!r}")
+                raise UserError(f"rewards: {name} returned {value!r}, not a number, for {text[:80]!r}")
         scores[f"reward/{name}"] = values
     rows = [dict(zip(scores, map(float, row), strict=True)) for row in zip(*scores.values(), strict=True)]
     for row in rows:

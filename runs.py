@@ -1,10 +1,10 @@
-"""A training run apart from its algorithm: `for step in run.steps()` trains, and Run does the rest.
+"""Everything about a training run that is not the algorithm: `for step in run.steps()` trains, Run does the rest.
 
-    Run           evaluates, logs and saves when due, stops on a signal, resumes, keeps several processes together
+    Run           evaluates, logs and saves when due; stops on a signal; resumes; synchronizes processes
     folder        log_dir/run_name/{config.yml, identity.json, checkpoints/, model/, TensorBoard events}
-    checkpoints   complete or not there at all, a checksum per file; damaged ones are named and skipped
-To add a metric, put it into `metrics` in a script's train(). Not here: the files of a checkpoint (`save_progress` in
-each script), how accuracy is measured (utils.evaluate), the algorithms.
+    checkpoints   written atomically, with a checksum per file; damaged ones are reported and skipped
+To add a metric, add it to `metrics` in a script's train(). Elsewhere: the content of a checkpoint (`save_progress` in
+each script), evaluation (utils.evaluate), the algorithms.
 """
 
 import contextlib
@@ -33,25 +33,25 @@ from tqdm import tqdm
 from reward import UserError, lenient_correct, strict_correct
 from utils import config_text, fingerprint, one_line, save_model
 
-# Keys that may change when a run is resumed. The model may have moved: its weights are compared instead.
+# Keys that may change when a run resumes. The model may have moved, so its weights are compared instead.
 FREE_KEYS = {"model", "cache_dir", "device", "cuda_graphs", "gradient_checkpointing", "micro_batch_tokens"}
 FREE_KEYS |= {"generation_batch_size", "population_batch", "eval_every", "checkpoint_every", "keep_checkpoints"}
 FREE_KEYS |= {"max_skipped_steps", "log_dir", "run_name", "resume"}
 
 BAR = "{desc:8} {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"  # fits into 80 columns
-STEPS_FOR_A_SIGNAL = 3  # tied rewards in so many steps from the start are reported
-SECONDS_BETWEEN_LINES = 30  # where there is no terminal for a bar
+STEPS_FOR_A_SIGNAL = 3  # report if all rewards tie in this many steps from the start
+SECONDS_BETWEEN_LINES = 30  # without a terminal for the progress bar
 
 
 class Run:
-    """One training run: `for step in run.steps()` trains, `run.phase` times, `run.log`, once per step, logs.
+    """A training run: iterate over `run.steps()`, time parts with `run.phase`, call `run.log` once per step.
 
-    identity: see `run_identity`; step_text: what a step consists of, for the banner
-    weights: {name: tensor}, what is trained; evaluate(): see `utils.evaluate`
+    identity: see `run_identity`; step_text: describes a step in the banner
+    weights: {name: tensor} to train; evaluate(): see `utils.evaluate`
     save(path): write the files of a checkpoint into a folder
-    load(path, states): restore them, then repeat the updates of `states`, which the journal has after that checkpoint;
-        without a checkpoint, `path` is None
-    journal: write the state after every step to journal.jsonl, so that no finished step is ever lost
+    load(path, states): restore them, then replay the updates of `states`, the journal's lines after that checkpoint;
+        `path` is None without a checkpoint
+    journal: append the state after every step to journal.jsonl, so that no finished step is lost
     """
 
     def __init__(self, config, setup, identity, num_steps, step_text, weights, evaluate, save, load, journal=False):
@@ -64,28 +64,31 @@ class Run:
         self.folder, self.config, self.state, path, states = broadcast_object_list([found])[0]
         done = self.state.get("step", 0)
         if done > num_steps:
-            raise UserError(f"resume: {self.folder}: {done} steps are done, more than the {num_steps} to do")
+            raise UserError(f"resume: {self.folder}: {done} steps are done, more than the {num_steps} of the config")
         if self.state:
             load(path, states)
         if self.state and fingerprint(weights) != self.state["weights"]:
-            reason = "it is damaged, or this device or these versions compute differently"
+            reason = "it is damaged, or another device or version computes differently"
             source = self.folder / "journal.jsonl" if states else path
-            raise UserError(f"resume: {source} does not give the weights of step {done}: {reason}")
+            raise UserError(f"resume: {source} does not restore the weights of step {done}: {reason}")
         self.saved_step = done if path and not states else None
-        disable = None if self.is_main else True  # None: where standard error is no terminal
+        disable = None if self.is_main else True  # None: unless stderr is a terminal
         self.progress = tqdm(total=num_steps, initial=done, disable=disable, bar_format=BAR, dynamic_ncols=True)
         if self.is_main:
-            write_file(self.folder / "config.yml", config_text(self.config))  # with which --config resumes the run
+            write_file(self.folder / "config.yml", config_text(self.config))  # --config with this file resumes the run
             if journal:
                 self.journal = open(self.folder / "journal.jsonl", "a")
             self._open_tensorboard()
             self._print_banner(step_text)
 
     def _open_tensorboard(self):
-        """A second TensorBoard run in `by_tokens` has accuracy over its cost: its steps are thousands of generated
-        tokens, its clock is seconds of training. What was logged after the state to resume from is purged."""
+        """Open the event files. Purge what was logged after the state to resume from.
 
-        def print_unless_writer(args):  # a full disk raises in a writer's thread, and then in `flush`: once is enough
+        A second TensorBoard run, `by_tokens`, has accuracy over cost: its steps are thousands of generated tokens, and
+        its clock is seconds of training.
+        """
+
+        def print_unless_writer(args):  # a full disk raises here and again in `flush`: once is enough
             if type(args.thread).__name__ != "_AsyncWriterThread":
                 threading.__excepthook__(args)
 
@@ -105,32 +108,32 @@ class Run:
         gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
         print(f"model   {config.model}, {num_base:,} parameters, {num_trained:,} trained")
         print(f"device  {self.accelerator.num_processes} x {device.type}{gpu}, {config.dtype}")
-        print(f"data    {config.dataset}, {len(setup.train_set):,} problems, {len(setup.test_set):,} held-out ones")
+        print(f"data    {config.dataset}, {len(setup.train_set):,} problems, {len(setup.test_set):,} held out")
         print(f"step    {step_text}, up to {config.max_new_tokens} tokens each")
         print(f"run     {self.num_steps:,} steps -> {self.folder}")
         if self.state:
             print(f"resuming after step {self.state['step']}")
 
     def steps(self):
-        """Yield the steps that are left. After each one evaluate, write the journal and save, when due. When all are
-        done, print the result; when a signal asked to stop, save and print how to resume."""
+        """Yield the remaining steps. After each, evaluate, write the journal and save when due. At the end, print the
+        result; after a signal, save and print the command that resumes."""
         if not self.state:
             self.state = {"step": 0, "seconds": 0.0, "generated_tokens": 0, "skipped_steps": 0, "skipped_in_a_row": 0}
             self.state["steps_without_signal"] = 0
             self.state["before"] = self._evaluate()
             self._commit(save=self.journal is None)
-        self.progress.unpause()  # its clock starts here
+        self.progress.unpause()  # start its clock
         self.last_line = time.monotonic()
         with stop_signals() as received:
             for step in range(self.state["step"], self.num_steps):
                 if any(gather_object([bool(received)])):
                     break
                 self.seconds, self.step_start = {}, time.perf_counter()
-                # For reward functions that draw random numbers; this project's own follow from seed and step.
+                # For reward functions that draw random numbers. All other random numbers follow from seed and step.
                 key = [self.config.seed, zlib.crc32(b"libraries"), step, self.accelerator.process_index]
                 set_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
                 yield step
-                assert self.state["step"] == step + 1, "run.log must be called once in each step"
+                assert self.state["step"] == step + 1, "run.log must be called once per step"
                 is_last = step + 1 == self.num_steps
                 if is_last or (step + 1) % self.config.eval_every == 0:
                     self.state["after"] = self._evaluate()
@@ -139,7 +142,7 @@ class Run:
 
     @contextlib.contextmanager
     def phase(self, name):
-        """Time a phase of the step, the GPU's work included, and show it on the progress bar."""
+        """Time a phase of the step, including the GPU's work, and show it on the progress bar."""
         self.progress.set_description_str(name)
         start = time.perf_counter()
         yield
@@ -148,10 +151,10 @@ class Run:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def log(self, step, scores, metrics, skipped=None, no_signal=False, **record):
-        """Log a finished step: `metrics`, and what follows from the scores of its completions.
+        """Log a finished step: `metrics`, and metrics of its completions.
 
-        scores: {name: (B,)}; skipped: why the step made no update, or None; no_signal: True if all its rewards tied
-        record: JSON values to keep in the state
+        scores: {name: (B,)}; skipped: the reason if the update was skipped, else None; no_signal: True if all rewards
+        tied; record: JSON values to keep in the state
         """
         seconds, num_tokens, state = time.perf_counter() - self.step_start, scores["length"].sum(), self.state
         self.state = {
@@ -184,8 +187,8 @@ class Run:
         if self.state["steps_without_signal"] == step + 1 == STEPS_FOR_A_SIGNAL:
             right, formatted = (float(scores[f"accuracy/{name}"].mean()) for name in ("strict", "format"))
             self.say(
-                f"no signal: all rewards tied in the first {step + 1} steps, so nothing was learned. In the last one "
-                f"{right:.0%} of the completions are right and {formatted:.0%} have the format. Try examples, the "
+                f"no signal: all rewards tied in the first {step + 1} steps, so nothing was learned. In the last step, "
+                f"{right:.0%} of the completions are correct and {formatted:.0%} have the format. Try examples, the "
                 "rewards lenient_accuracy and tag_count, or a larger max_new_tokens."
             )
         if skipped:
@@ -194,14 +197,14 @@ class Run:
             if in_a_row >= self.config.max_skipped_steps:
                 good = [path for saved, path in checkpoint_folders(self.folder).items() if saved <= step + 1 - in_a_row]
                 raise UserError(
-                    f"max_skipped_steps: {in_a_row} steps in a row were skipped, the last because {skipped}; "
-                    f"the last checkpoint from before them: {good[0] if good else 'none yet'}"
+                    f"max_skipped_steps: {in_a_row} consecutive steps were skipped, the last because {skipped}; "
+                    f"the last checkpoint before them: {good[0] if good else 'none'}"
                 )
 
     def say(self, text):
         """Print a line above the progress bar, from the first process only."""
         if self.is_main:
-            with contextlib.suppress(OSError):  # whoever reads the output may have gone
+            with contextlib.suppress(OSError):  # the reader of a pipe may be gone
                 tqdm.write(text)
 
     def _show_progress(self, metrics):
@@ -238,10 +241,10 @@ class Run:
             self.tensorboard.flush()
 
     def _commit(self, save):
-        """The step is done: a killed run resumes after it, if there is a journal or `save` is True."""
+        """Record the finished step. A killed run resumes after it if there is a journal or `save` is True."""
         self.state["weights"] = fingerprint(self.weights)
         if len(set(gather_object([self.state["weights"]]))) > 1:
-            raise UserError("the processes have different weights: they compute differently, as different GPUs do")
+            raise UserError("the processes have different weights; use devices of the same kind")
         if self.journal:
             self.journal.write(json.dumps(self.state) + "\n")
             self.journal.flush()
@@ -251,7 +254,7 @@ class Run:
     def _save(self):
         if self.is_main and self.saved_step != self.state["step"]:
             self.progress.set_description_str("save")
-            # Checkpoints of skipped steps must not push out good ones: their weights may be why steps are skipped.
+            # Checkpoints of skipped steps must not displace good ones: their weights may be the cause.
             keep = self.config.keep_checkpoints + self.state["skipped_in_a_row"]
             save_checkpoint(self.folder, self.state, keep, self.save)
         self.saved_step = self.state["step"]
@@ -271,13 +274,13 @@ class Run:
             self.lock.release()
 
     def _print_result(self, after):
-        self.tensorboard.file_writer.add_summary(hparams({}, {})[2])  # tells the HPARAMS page that the run is finished
+        self.tensorboard.file_writer.add_summary(hparams({}, {})[2])  # marks the run as finished in HPARAMS
         print_summary(self.state["before"], after, len(self.setup.test_set))
-        print(f"The steps took {self.state['seconds']:.0f} s; this start, {time.perf_counter() - self.start:.0f} s.")
+        print(f"Training took {self.state['seconds']:.0f} s, this process {time.perf_counter() - self.start:.0f} s.")
         model, path = self.setup.model, self.folder / "model"
         with whole_folder(path) as partial:
             save_model(model, self.setup.tokenizer, partial)
-        print(f"TensorBoard: tensorboard --logdir={self.config.log_dir}\nThe result is {path}; to load it:")
+        print(f"TensorBoard: tensorboard --logdir={self.config.log_dir}\nSaved the result to {path}. To load it:")
         if hasattr(model, "peft_config"):
             base = model.peft_config["default"].base_model_name_or_path
             print(f'    base = AutoModelForCausalLM.from_pretrained("{base}")')
@@ -288,10 +291,10 @@ class Run:
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that SIGINT or SIGTERM is appended to. A second signal ends the process at once.
+    """Yield a list that receives SIGINT and SIGTERM. A second signal ends the process at once.
 
-    One of several processes ignores further signals: launchers send their own in addition to the terminal's, and kill
-    what has not ended after a while.
+    One of several processes ignores further signals: launchers forward the terminal's signal, and after a while kill
+    processes that have not ended.
     """
     received, is_alone = [], int(os.environ.get("WORLD_SIZE", 1)) == 1
 
@@ -310,7 +313,7 @@ def stop_signals():
 
 
 def completion_metrics(scores):
-    """Means and extremes of the scores {name: (B,)} of a step's completions."""
+    """Return means and extremes of the scores {name: (B,)} of a step's completions."""
     return {
         "reward/mean": scores["reward"].mean(),
         "reward/std": scores["reward"].std(),
@@ -323,7 +326,7 @@ def completion_metrics(scores):
 
 
 def completion_table(items, texts):
-    """An HTML table of prompts, answers and completions. Model output is text, never markup."""
+    """Return an HTML table of prompts, answers and completions. Escape everything, since completions are untrusted."""
     rows = ["<tr><th></th><th>prompt</th><th>answer</th><th>completion</th></tr>"]
     for item, text in zip(items, texts, strict=True):
         wrong = "✗ format" if lenient_correct(text, item["answer"]) else "✗"
@@ -334,7 +337,7 @@ def completion_table(items, texts):
 
 
 def wilson_interval(successes, trials):
-    """The 95% interval of a proportion (Wilson 1927), which stays within [0, 1] for small counts too."""
+    """Return the 95% confidence interval of a proportion (Wilson 1927), which stays within [0, 1]."""
     z, share = 1.96, successes / trials
     center = share + z * z / (2 * trials)
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
@@ -343,7 +346,7 @@ def wilson_interval(successes, trials):
 
 def print_summary(before, after, num_problems):
     """before, after: {"strict": accuracy, "lenient": accuracy}"""
-    print(f"\nHeld-out accuracy, greedy, {num_problems} problems (95% interval)")
+    print(f"\nHeld-out accuracy, greedy decoding, {num_problems} problems (95% interval)")
     for name in before:
         cells = []
         for share in (before[name], after[name]):
@@ -359,32 +362,32 @@ def resume_command(folder):
 
 
 def open_folder(config):
-    """Make or reopen the run's folder, and lock it against other processes. Never touch one that holds anything else.
+    """Create or reopen the run's folder and lock it. Refuse a folder that holds anything else.
 
     Returns the folder, the config that resumes the run, and the lock.
     """
     folder = Path(config.log_dir) / (config.run_name or time.strftime("%Y-%m-%d_%H-%M-%S"))
     lock = filelock.FileLock(folder / "lock", timeout=0, is_singleton=True)
-    traces = {"lock", "identity.json.partial"}  # all that a kill in the first moment leaves
+    traces = {"lock", "identity.json.partial"}  # a kill in the first moment leaves only these
     try:
         is_run = (folder / "identity.json").is_file() and config.run_name and config.resume == "auto"
         if folder.exists() and not is_run and set(os.listdir(folder)) - traces:
-            raise UserError(f"run_name: {folder} exists already; choose another name or delete it")
+            raise UserError(f"run_name: {folder} already exists; choose another name or delete it")
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"log_dir: {folder} cannot be made: {one_line(error)}") from None
+        raise UserError(f"log_dir: {folder} cannot be created: {one_line(error)}") from None
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise UserError(f"run_name: {folder} is being written by another process") from None
+        raise UserError(f"run_name: {folder} is in use by another process") from None
     except OSError as error:  # a file system without locks
-        print(f"warning: {folder} cannot be locked against a second run in it: {error}")
+        print(f"warning: {folder} cannot be locked: {error}; do not start a second run in it")
     paths = {"log_dir": str(folder.parent), "run_name": folder.name, "resume": "auto"}
     return folder, config.model_copy(update=paths), lock
 
 
 def run_identity(config, setup):
-    """The values that must stay the same when a run is resumed: {key: value}, of the config, problems and model."""
+    """Return {key: value} of the config, problems and model that must not change when a run resumes."""
     values = {key: value for key, value in config.model_dump().items() if key not in FREE_KEYS}
     if all(value == "constant" for key, value in values.items() if key.endswith("_schedule")):
         values = {key: value for key, value in values.items() if key not in ("num_steps", "num_iterations")}
@@ -400,41 +403,41 @@ def run_identity(config, setup):
 
 
 def find_progress(folder, identity, journal):
-    """The state to resume from, the path of its checkpoint, and the journal's states after that checkpoint.
+    """Return the state to resume from, its checkpoint's path, and the journal's states after that checkpoint.
 
-    ({}, None, []) if nothing is done yet. UserError if the folder holds another run than `identity` says.
+    ({}, None, []) if no step is done. UserError if the folder holds a run with another `identity`.
     """
     states, file = read_journal(folder / "journal.jsonl"), folder / "identity.json"
     theirs = json.loads(file.read_text()) if file.is_file() else identity
-    is_new = not states and not checkpoint_folders(folder)  # a run that ended this early may start with other keys
+    is_new = not states and not checkpoint_folders(folder)  # such a run may start again with other keys
     for key in ["script"] if is_new else identity | theirs:
         ours, other = identity.get(key), theirs.get(key)
         if ours != other:
-            started = f"that run was started with {other!r}; another run needs another run_name"
-            raise UserError(f"resume: {folder}: {key}: {ours!r}, but {started}")
+            started = f"the run was started with {other!r}; use another run_name for a new run"
+            raise UserError(f"resume: {folder}: {key}: {ours!r}: {started}")
     if is_new:
         if file.is_file():
-            print(f"resume: {folder}: nothing was saved yet: starting from step 0")
+            print(f"resume: {folder} has no saved steps; starting from step 0")
         write_file(file, json.dumps(identity))
         return {}, None, []
     checkpoint = newest_checkpoint(folder, len(states) - 1 if journal else math.inf)
     if journal and not states:
-        raise UserError(f"resume: {folder / 'journal.jsonl'} is empty or missing, though this run had begun")
+        raise UserError(f"resume: {folder / 'journal.jsonl'} is empty or missing, but the run has checkpoints")
     if not states and not checkpoint:
-        raise UserError(f"resume: {folder / 'checkpoints'}: there is no undamaged checkpoint to resume from")
+        raise UserError(f"resume: {folder / 'checkpoints'} has no undamaged checkpoint")
     path, state = checkpoint or (None, {"step": 0})
     return states[-1] if states else state, path, states[state["step"] + 1 :]
 
 
 def write_file(path, text):
-    """Write a file that is complete, or as it was before."""
+    """Write a file atomically."""
     Path(f"{path}.partial").write_text(text)
     Path(f"{path}.partial").replace(path)
 
 
 @contextlib.contextmanager
 def whole_folder(folder):
-    """A new folder to write into. It takes the place of `folder` once it is complete; else nothing of it is left."""
+    """Yield a new folder that replaces `folder` once it is complete. After an error, remove it."""
     partial = Path(f"{folder}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -447,13 +450,13 @@ def whole_folder(folder):
 
 
 def checkpoint_folders(folder):
-    """{step: path} of a run's checkpoints, newest first."""
+    """Return {step: path} of a run's checkpoints, newest first."""
     paths = {int(path.name[5:]): path for path in (folder / "checkpoints").glob("step_*") if path.name[5:].isdigit()}
     return dict(sorted(paths.items(), reverse=True))
 
 
 def save_checkpoint(folder, state, keep, write):
-    """Save `checkpoints/step_000020`: what `write(path)` writes, and the state. Keep the newest `keep` up to it."""
+    """Save the state and the files of `write(path)` in checkpoints/step_NNNNNN. Keep the newest `keep` checkpoints."""
     step = state["step"]
     with whole_folder(folder / "checkpoints" / f"step_{step:06d}") as path:
         write(path)
@@ -463,13 +466,13 @@ def save_checkpoint(folder, state, keep, write):
     later = [path for other, path in saved.items() if other > step]  # damaged, or of steps that were lost
     old = [path for other, path in saved.items() if other <= step][keep:]
     for path in [*later, *old, *folder.glob("checkpoints/*.partial")]:
-        shutil.rmtree(path, ignore_errors=True)  # half of it is a damaged checkpoint, which the next save removes
+        shutil.rmtree(path, ignore_errors=True)  # a partly removed one counts as damaged, and the next save removes it
         if path.exists():
             print(f"warning: {path} cannot be removed")
 
 
 def digests(folder):
-    """{path: SHA-256} of the files in a checkpoint."""
+    """Return {path: SHA-256} of the files in a checkpoint."""
     result = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != "sha256.json":
@@ -479,7 +482,7 @@ def digests(folder):
 
 
 def read_state(path):
-    """The state in a checkpoint. UserError, naming the file, if any of its files is not as it was saved."""
+    """Return the state in a checkpoint. UserError names the first file that is damaged or missing."""
     try:
         saved, found = json.loads((path / "sha256.json").read_text()), digests(path)
     except (OSError, ValueError):
@@ -491,18 +494,18 @@ def read_state(path):
 
 
 def newest_checkpoint(folder, last_step=math.inf):
-    """(path, state) of the newest undamaged checkpoint up to `last_step`, or None. Damaged ones are named."""
+    """Return (path, state) of the newest undamaged checkpoint up to `last_step`, or None. Report damaged ones."""
     for step, path in checkpoint_folders(folder).items():
         if step <= last_step:
             try:
                 return path, read_state(path)
             except UserError as error:
-                print(f"resume: {error}: trying the checkpoint before it")
+                print(f"resume: {error}; trying the previous checkpoint")
     return None
 
 
 def read_journal(path):
-    """The states in a journal, one for each step from 0 on. A last line that was cut off is removed from the file."""
+    """Return the states in a journal, one per step from 0. Remove a torn last line from the file."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith(b"\n"):
         os.truncate(path, sum(map(len, lines[:-1])))

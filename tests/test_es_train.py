@@ -1,4 +1,4 @@
-"""The math of ES, and a population in one batch, against members written into the weights one by one."""
+"""Tests of ES: its math, and populations in one batch against members written into the weights one by one."""
 
 import contextlib
 import copy
@@ -23,8 +23,10 @@ PROMPTS = random_prompts([3, 9, 5, 1])
 
 
 def make_es_model(family="qwen2"):
-    """qwen2 has a tied head and biases in attention, llama biases everywhere, qwen3 norms over the heads, whose inputs
-    have four dimensions. Fresh biases are 0 and norm weights 1, which would hide mistakes: they become random."""
+    """Make a model: qwen2 has a tied head and attention biases, llama biases everywhere, qwen3 norms over the heads.
+
+    Randomize biases and norm weights, because their initial values, 0 and 1, would hide mistakes.
+    """
     llama = {"family": "llama", "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}
     model = make_model(**llama if family == "llama" else {})
     if family == "qwen3":
@@ -50,7 +52,7 @@ def generators_of(iteration, noises, seed=0):
 
 
 def dense_noise(model, rank, generator):
-    """A member's noise by the definition: one stream, parameter after parameter, A B^T / sqrt(rank) for matrices."""
+    """Return a member's noise by definition: one stream for all parameters, A B^T / sqrt(rank) for matrices."""
     noise = {}
     for name, parameter in model.named_parameters():
         if rank and parameter.ndim == 2:
@@ -86,12 +88,12 @@ def test_z_scores_by_hand_and_an_error_that_shows_a_non_finite_reward():
 @pytest.mark.parametrize("reward", [0.9, 0.7, -0.3, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_rewards_give_z_scores_of_exactly_zero(reward, dtype):
-    # The mean of equal numbers is not always that number, even in double precision: 30 x 0.9 is an example.
+    # The mean of equal numbers can differ from them even in double precision, as for 30 x 0.9.
     assert not z_scores(torch.full((30,), reward, dtype=dtype)).any()
 
 
 def test_noise_keys_are_unique_over_ten_thousand_iterations():
-    # On a CPU, torch reads only 32 bits of a seed. So many hashes would collide there about ten times.
+    # On CPU, torch uses only 32 bits of a seed. 300,000 hashed seeds would collide about ten times.
     generators = (noise_generators(0, iteration, range(30), 30, "cpu") for iteration in range(10_000))
     assert len({generator.initial_seed() % 2**32 for each in generators for generator in each}) == 300_000
 
@@ -109,7 +111,7 @@ def test_noise_of_layers_members_iterations_and_seeds_is_uncorrelated(perturbati
 
 @pytest.mark.parametrize("rank", [1, 4])
 def test_noise_of_a_weight_has_variance_1(rank):
-    # Mean square of products of normal numbers over 400 draws of 64 x 32 entries, as the update adds them up.
+    # Mean square of the update's noise over 400 draws of 64 x 32 entries.
     generators, weight = generators_of(0, range(400)), torch.zeros(64, 32)
     noises = [es_train.weighted_noise(weight, (64 + 32, rank), [generator], [1.0]) for generator in generators]
     assert torch.stack(noises).square().mean() == pytest.approx(1, abs=0.1)
@@ -132,7 +134,7 @@ def test_update_equals_the_sum_over_members_in_float64(rank, antithetic):
     update_master(master, shapes, generators_of(7, range(3 if antithetic else 6)), z, 0.1, antithetic)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(master[name].double(), expected[name], atol=1e-6, rtol=0)
-        assert not torch.equal(master[name], parameter), name  # everything moves
+        assert not torch.equal(master[name], parameter), name  # every parameter moves
 
 
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
@@ -147,7 +149,7 @@ def test_equal_rewards_leave_every_bit_of_the_weights(perturbation):
 
 @pytest.mark.parametrize("max_new_tokens", [2, 40])
 def test_run_logs_rewards_and_ties_and_equal_rewards_change_no_bit_of_the_model(tmp_path, max_new_tokens):
-    # Two new tokens never complete an answer: all rewards are equal.
+    # No answer fits in two tokens, so all rewards are equal.
     folder = SCRIPTS["es"].train(tmp_path / "run", f"max_new_tokens={max_new_tokens}", "num_iterations=2")
     lines, curves = (folder / "journal.jsonl").read_text().splitlines()[1:], scalars(folder)
     for step, rewards in enumerate((torch.tensor(json.loads(line)["rewards"]) for line in lines), start=1):
@@ -164,7 +166,7 @@ def test_run_logs_rewards_and_ties_and_equal_rewards_change_no_bit_of_the_model(
 
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
 def test_small_updates_reach_bf16_weights_in_full_and_norm_weights_move(perturbation):
-    # A hundred steps of 1e-4 a weight, all in one direction; bf16's spacing at norm weights of 1 is 0.004 to 0.008.
+    # 100 steps of about 1e-4 per weight, all in one direction. The spacing of bf16 around 1 is 0.004 to 0.008.
     model, rank = make_model().bfloat16().requires_grad_(False), 1 if perturbation == "low_rank" else None
     start, master = master_of(model), master_of(model)
     noise, opposite = (dense_noise(model, rank, generator) for generator in generators_of(0, range(2)))
@@ -173,7 +175,7 @@ def test_small_updates_reach_bf16_weights_in_full_and_norm_weights_move(perturba
         write_weights(model, master)
     realized = torch.cat([(p.double() - start[name]).flatten() for name, p in model.named_parameters()])
     intended = torch.cat([100 * 0.7e-4 * (noise[name] - opposite[name]).flatten() for name in start])
-    assert float(intended @ realized / intended.square().sum()) == pytest.approx(1, abs=0.01)  # the slope
+    assert float(intended @ realized / intended.square().sum()) == pytest.approx(1, abs=0.01)  # regression slope
     for name, parameter in model.named_parameters():
         assert "norm" not in name or (parameter.float() != start[name]).float().mean() > 0.5
 
@@ -191,7 +193,7 @@ def test_member_is_master_plus_noise_tied_weights_once_and_afterwards_every_weig
     for member in range(4):
         es_train.write_member(model, master, -0.02, generators_of(1, [member])[0])
         noise = dense_noise(model, None, generators_of(1, [member])[0])
-        for name, parameter in model.named_parameters():  # whatever members were there before
+        for name, parameter in model.named_parameters():  # regardless of earlier members
             expected = (master[name] - 0.02 * noise[name].float()).to(dtype)
             assert torch.equal(parameter, expected) and not torch.equal(parameter, before[name]), name
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == (family == "qwen2")
@@ -204,7 +206,7 @@ def test_member_is_master_plus_noise_tied_weights_once_and_afterwards_every_weig
 @pytest.mark.parametrize("rank", [None, 1, 3])
 def test_rollout_gives_the_tokens_of_members_folded_into_the_weights(family, rank, beginning, antithetic, batch_size):
     model, (start,), scale = make_es_model(family), random_prompts([beginning], seed=5), 0.1
-    prompts = [start + prompt for prompt in PROMPTS]  # what they share is computed once for each member
+    prompts = [start + prompt for prompt in PROMPTS]  # each member computes the shared prefix once
     config = ESConfig(perturbation="low_rank" if rank else "gaussian", antithetic=antithetic, population_size=6, seed=9)
     setup = SimpleNamespace(model=copy.deepcopy(model), settings=settings(MAX_NEW, STOP, batch_size=batch_size))
     problems = [SimpleNamespace(ids=ids) for ids in prompts]
@@ -218,7 +220,7 @@ def test_rollout_gives_the_tokens_of_members_folded_into_the_weights(family, ran
         for name, parameter in folded.named_parameters():
             parameter += sign * scale * noise[name]
         assert rollouts[4 * member : 4 * member + 4] == texts(generate(folded, prompts, settings(MAX_NEW, STOP)))
-    assert min(map(len, rollouts)) < 12 and max(map(len, rollouts)) == MAX_NEW  # rows left on the way
+    assert min(map(len, rollouts)) < 12 and max(map(len, rollouts)) == MAX_NEW  # some rows finish early
     assert len({str(rollouts[i : i + 4]) for i in range(0, 24, 4)}) == 6  # members differ
 
 
@@ -249,7 +251,7 @@ def test_model_that_low_rank_cannot_perturb_whole_is_named():
     for model, rank, message in [
         (gemma, 1, "cannot perturb model.embed_tokens, a GemmaTextScaledWordEmbedding"),
         (nn.Sequential(nn.LayerNorm(8)), 1, "perturbation: low_rank cannot perturb 0, a LayerNorm; gaussian can"),
-        (make_model(), 17, r"rank: 17 is more than model.layers.0.self_attn.k_proj.weight, \(16, 32\)"),
+        (make_model(), 17, r"rank: 17: model.layers.0.self_attn.k_proj.weight, \(16, 32\), has a lower rank"),
     ]:
         with pytest.raises(UserError, match=message):
             check_low_rank(model, rank)

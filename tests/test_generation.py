@@ -1,4 +1,4 @@
-"""Sampling and scoring against a slow oracle: one row at a time, float64, no cache, no padding."""
+"""Tests of sampling and scoring against a slow oracle: one row at a time, float64, no cache, no padding."""
 
 import contextlib
 import types
@@ -20,14 +20,14 @@ from utils import check_chunked_head, fingerprint
 
 PROMPTS = random_prompts([3, 9, 5, 1])
 G, MAX_NEW = 6, 24
-STOP = [EOS, 7]  # two end tokens, as Qwen and Llama have
+STOP = [EOS, 7]  # two end tokens, as in Qwen and Llama
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
 KINDS = {"qwen2": {}, "llama": {"family": "llama"}, "sliding window": SLIDING}
-GPU = type("GPU", (str,), {"type": "cuda"})("cpu")  # tensors accept it as the CPU; its type says that it is a GPU
+GPU = type("GPU", (str,), {"type": "cuda"})("cpu")  # torch takes it for the CPU, but its type is "cuda"
 
 
 def prompts_after(beginning, lengths=(3, 9, 5, 1)):
-    """Random prompts with the same first `beginning` tokens."""
+    """Return random prompts that share their first `beginning` tokens."""
     (start,) = random_prompts([beginning], seed=5)
     return [start + rest for rest in random_prompts(lengths)]
 
@@ -45,7 +45,7 @@ def rows_of(completions):
 
 
 def assert_as_the_oracle(out, model, prompts, stop_ids=STOP, temperature=1.0, greedy=False):
-    """Each token is the one that the oracle draws after the tokens before it, until an end token or the limit."""
+    """Assert that each token is the one that the oracle draws at its position, up to an end token or the limit."""
     num_samples, uniforms = len(out.tokens) // len(prompts), draws(len(out.tokens))
     for row, tokens in enumerate(rows_of(out)):
         prompt, count = prompts[row // num_samples], len(tokens)
@@ -73,7 +73,7 @@ def test_samples_equal_the_oracle_row_by_row_at_any_temperature_batch_size_and_p
     greedy = generate(model, prompts, settings(MAX_NEW, STOP, batch_size=batch_size))
     assert_as_the_oracle(greedy, model, prompts, greedy=True)
     counts = out.mask.sum(1)
-    assert counts.min() < MAX_NEW / 2 and counts.max() == MAX_NEW  # some rows drop out early, some run to the end
+    assert counts.min() < MAX_NEW / 2 and counts.max() == MAX_NEW  # some rows finish early, some reach the limit
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,8 +82,8 @@ def test_a_shared_beginning_is_computed_once_but_for_sliding_windows_and_changes
     model, prompts, seen = make_model(**KINDS[kind]), prompts_after(12, lengths), []
     model.register_forward_pre_hook(lambda _, __, inputs: seen.append(inputs["input_ids"].shape), with_kwargs=True)
     assert_as_the_oracle(rollout(model, prompts), model, prompts)
-    shared, P = min(12, 11 + min(lengths)), len(prompts)  # every prompt has at least one token of its own left
-    if P == 1 or kind == "sliding window":  # padding within a prompt would use up a window that is counted in slots
+    shared, P = min(12, 11 + min(lengths)), len(prompts)  # each prompt keeps at least one token of its own
+    if P == 1 or kind == "sliding window":  # padding inside a prompt would use up window slots
         assert seen[0] == (P, 12 + max(lengths))
     else:
         assert seen[:2] == [(1, shared), (P, 12 + max(lengths) - shared)]
@@ -144,8 +144,8 @@ def test_sampling_never_draws_a_token_of_probability_zero():
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 6.0])
 def test_fp32_sampling_frequencies_are_the_probabilities_at_a_vocabulary_of_152k(scale):
-    # The float64 cumulative distribution at the token that fp32 drew, and just before it, must enclose the draw but for
-    # a few units of rounding: no token then gets a share that is off by more than that.
+    # The float64 cumulative distribution before and at the token that fp32 drew must enclose the draw, up to rounding.
+    # The probability of a token is then wrong by no more than that.
     logits = torch.randn(1, 151_936, generator=torch.Generator().manual_seed(0)) * scale
     u = (torch.arange(256) + 0.5) / 256
     tokens, _ = sample(logits.expand(256, -1), u, 1.0)
@@ -155,7 +155,7 @@ def test_fp32_sampling_frequencies_are_the_probabilities_at_a_vocabulary_of_152k
 
 
 def frozen(function, cursors):
-    """A function that goes on with the variables of its scope as they are now, as a CUDA graph does with tensors."""
+    """Return a copy of a function that keeps the current values of its closure, as a CUDA graph keeps its tensors."""
     cells = []
     for cell in function.__closure__ or ():
         content = cell.cell_contents
@@ -169,8 +169,10 @@ def frozen(function, cursors):
 
 
 def captured_as_eager(decode, device=GPU):
-    """Assert that `decode` gives the same as on a GPU, with functions in place of CUDA graphs. Returns the completions,
-    and the calls of each function, in order. Memory that nobody has written holds NaN."""
+    """Assert that captured steps give the same result as eager ones. Frozen functions replace CUDA graphs.
+
+    Return the completions and the number of replays of each graph, in order. Uninitialized memory holds NaN.
+    """
     eager, calls = decode(), []
 
     class FrozenStep(GraphedStep):
@@ -209,9 +211,10 @@ def test_captured_steps_give_the_tokens_of_the_eager_loop(kind):
             torch.nn.init.normal_(parameter, std=0.1)
     with merged_adapter(model) if kind == "merged" else contextlib.nullcontext():
         completions, calls = captured_as_eager(lambda: rollout(model, stop_ids=[EOS, *range(7, 10)]))
-    assert completions.mask.sum(1).median() < MAX_NEW / 2  # most rows leave, which needs a new capture, as the end does
+    # Most rows finish early. A smaller batch needs a new capture, and so does a longer cache.
+    assert completions.mask.sum(1).median() < MAX_NEW / 2
     assert len(calls) >= 3 and sum(calls) > MAX_NEW / 2
-    assert max(calls) == 4  # of five steps with the same end, the first is not captured
+    assert max(calls) == 4  # the first of five steps with the same end is not captured
 
 
 @pytest.mark.parametrize("rank", [1, 2])
@@ -253,10 +256,10 @@ def right_padded(rows, starts, padding=0):
     return ids, mask
 
 
-# Rows of three prompts: without its last token, the third is the second but for a token that is the padding's id.
+# Rows of three prompts. Without the last tokens, the second is the third plus a token with the padding's id.
 SHARED = [[[5, 9, 3, 7, 2], [5, 9, PAD, 4], [5, 9, 3]][prompt] for prompt in (0, 1, 2, 0, 1, 2, 1)]
-BEGUN = [prompts_after(12, [3, 0, 5])[prompt] for prompt in (0, 1, 2, 0, 1, 2, 1)]  # the second is how the others begin
-BATCHES = {  # rows, and the lengths of their prompts
+BEGUN = [prompts_after(12, [3, 0, 5])[prompt] for prompt in (0, 1, 2, 0, 1, 2, 1)]  # the others begin with the second
+BATCHES = {  # rows and the lengths of their prompts
     "alone": (random_prompts([12, 5, 9, 30]), [4, 2, 8, 1]),
     "shared prompts": ([*map(list.__add__, SHARED, random_prompts([3, 9, 5, 1, 6, 2, 8]))], [*map(len, SHARED)]),
     "shared beginning": ([*map(list.__add__, BEGUN, random_prompts([3, 9, 5, 1, 6, 2, 8]))], [*map(len, BEGUN)]),
@@ -295,12 +298,13 @@ def test_a_prompt_is_computed_once_for_all_its_rows_and_a_long_common_beginning_
     completion_log_probs(model, ids, mask, 1.0)
     completion_log_probs(model, ids[:3], mask[:3], 1.0)
     completion_log_probs(model, *right_padded(*BATCHES["shared beginning"]), 1.0)
-    # Prompts without their last token, which predicts the first of a completion; then three that share nothing.
+    # First call: 3 prompts without their last tokens, which belong to the rows, then 7 rows.
+    # Second call: 3 rows that share nothing. Third call: the common prefix, the rest of 3 prompts, 7 rows.
     assert positions == [(3, 4), (7, 9), (3, 13), (1, 11), (3, 5), (7, 9)]
 
 
 def test_bf16_model_gives_fp32_log_probs_close_to_the_oracle_in_sampling_and_scoring():
-    # bf16 log_softmax alone would be off by 2^-9 of values around -8, that is 0.016.
+    # A log_softmax in bf16 would have an error of 2^-9 * 8 = 0.016 at values around -8.
     model, (prompt,) = make_model(dtype=torch.bfloat16, vocab_size=4096, initializer_range=0.02), random_prompts([6])
     out = generate(model, [prompt], settings(MAX_NEW), 8, draws(8))
     rows = [prompt + tokens for tokens in rows_of(out)]
@@ -317,7 +321,7 @@ def test_gradient_is_the_same_bit_for_bit_on_two_threads_every_time(request, beg
     request.addfinalizer(lambda: torch.set_num_threads(1))  # as in conftest.py
     model, seen = make_model(hidden_size=64, num_hidden_layers=1), set()
     prompts = prompts_after(beginning, [40 - beginning] * 2)
-    rows = map(list.__add__, prompts * 32, random_prompts([4] * 64))  # large enough for threads
+    rows = map(list.__add__, prompts * 32, random_prompts([4] * 64))  # large enough for several threads
     ids, mask = right_padded(list(rows), [40] * 64)
     torch.set_num_threads(2)
     for _ in range(3):
@@ -334,8 +338,8 @@ def test_no_logits_of_all_tokens_exist_forward_or_backward(monkeypatch):
     model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.numel()))
     with saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
         completion_log_probs(model, ids, mask, 1.0)[0].sum().backward()
-    assert max(seen) == tokens_per_chunk * V and sum(seen) == 2 * mask.sum() * V  # forward, and again backward
-    assert saved and not any(V in shape[1:] for shape in saved)  # logits are computed again, not kept
+    assert max(seen) == tokens_per_chunk * V and sum(seen) == 2 * mask.sum() * V  # once forward, once backward
+    assert saved and not any(V in shape[1:] for shape in saved)  # logits are recomputed, not saved
 
 
 def test_model_that_caps_its_logits_is_refused(model):
@@ -343,5 +347,5 @@ def test_model_that_caps_its_logits_is_refused(model):
         out.logits = 0.5 * torch.tanh(out.logits / 0.5)
 
     model.register_forward_hook(cap)
-    with pytest.raises(UserError, match="does more to its logits than lm_head"):
+    with pytest.raises(UserError, match="changes its logits after lm_head"):
         check_chunked_head(model)

@@ -1,4 +1,4 @@
-"""Tests of the GPU path. Without a GPU they are skipped."""
+"""Tests of the GPU path, skipped without a GPU."""
 
 import math
 from unittest.mock import Mock
@@ -32,7 +32,7 @@ def sample(model, **options):
 
 
 def compare(completions, others):
-    """Up to where rows part, as rounding can turn a draw near a border: share of tokens, and gaps between log-probs."""
+    """Return the share of tokens before rows diverge, and their log-prob gaps. Rounding can flip a borderline draw."""
     both = (completions.tokens == others.tokens).cumprod(1).bool() & completions.mask & others.mask
     return both.sum() / others.mask.sum(), (completions.log_probs - others.log_probs)[both].abs()
 
@@ -40,7 +40,7 @@ def compare(completions, others):
 @pytest.fixture
 def capture(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", Mock(wraps=torch.cuda.graph))
-    return torch.cuda.graph  # called once for each graph
+    return torch.cuda.graph  # called once per graph
 
 
 LORA_IN_BF16 = {"lora": True, "dtype": torch.bfloat16}
@@ -76,7 +76,7 @@ def test_a_population_decodes_the_same_tokens_under_graphs(rank, capture):
 
 @pytest.mark.parametrize("overrides", [[], ["dtype=bfloat16"]], ids=["fp32", "bf16"])
 def test_a_run_can_be_stopped_and_resumed(script, overrides, tmp_path, capture):
-    # Not bit for bit: backward passes of attention on a GPU add up in any order.
+    # Not bit-identical: on a GPU, attention's backward pass sums in no fixed order.
     folder = script.train(tmp_path / "run", "device=cuda", *overrides, stop_after=2)
     script.train(folder, "device=cuda", *overrides)
     assert capture.called
@@ -91,7 +91,7 @@ def test_shared_prompts_change_neither_log_probs_nor_gradients(dtype, monkeypatc
     model, results = model_on_gpu(lora=True, dtype=dtype, hidden_size=128), []
     prompts, ones = [prompt for prompt in PROMPTS for _ in range(G)], torch.ones(len(PROMPTS) * G, device="cuda")
     (batch,) = make_micro_batches(prompts, sample(model), ones, ones, 10**6, True)
-    for min_spared in (2.0, -1.0):  # never, and always
+    for min_spared in (2.0, -1.0):  # never share, always share
         monkeypatch.setattr(generation, "MIN_SPARED", min_spared)
         with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
             log_probs = completion_log_probs(model, batch.ids, batch.mask, 1.0)[0][batch.mask]

@@ -1,4 +1,4 @@
-"""The math of GRPO: by hand where it fits a comment, else against a plain loop over single rows."""
+"""Tests of GRPO's math: by hand where that fits in a comment, else against a plain loop over single rows."""
 
 import contextlib
 import copy
@@ -30,7 +30,7 @@ def test_advantages_are_rewards_minus_the_group_mean_over_the_std_of_the_group_o
     centered = torch.tensor([[0.5, -0.5, 0.5, -0.5], [1.0, -1.0, 0.0, 0.0]])  # means 0.5 and 1
     for scale, std in {
         "group": [[0.57735], [0.81650]],  # sqrt(4 * 0.25 / 3) and sqrt((1 + 1) / 3)
-        "batch": [[0.70711]],  # around the mean of all eight, 0.75: sqrt((4 * 0.0625 + 3 * 0.5625 + 1.5625) / 7)
+        "batch": [[0.70711]],  # the mean of all eight is 0.75: sqrt((4 * 0.0625 + 3 * 0.5625 + 1.5625) / 7)
         "none": [[1.0]],
     }.items():
         torch.testing.assert_close(group_advantages(rewards, scale), centered / torch.tensor(std), atol=1e-5, rtol=0)
@@ -42,7 +42,7 @@ def test_advantages_are_rewards_minus_the_group_mean_over_the_std_of_the_group_o
 def test_equal_rewards_give_zero_advantage(reward, scale, group_size):
     rewards = torch.full((2, group_size), reward)
     assert not group_advantages(rewards, scale).any()
-    rewards[0, 0] += 1.0  # one group has spread, the other one stays at exactly 0
+    rewards[0, 0] += 1.0  # the first group now varies, the second must stay at exactly 0
     spread, equal = group_advantages(rewards, scale)
     assert spread[0] > 0 and not equal.any()
 
@@ -51,8 +51,8 @@ def test_token_weights_by_hand_and_zero_when_all_rows_are_truncated():
     lengths = torch.tensor([4.0, 1.0, 0.0, 5.0])  # the third row is left out of the loss
     for normalization, expected in {
         "token": [1 / 10, 1 / 10, 0, 1 / 10],
-        "sequence": [1 / 12, 1 / 3, 0, 1 / 15],  # 3 rows, each 1 / (3 * length) a token
-        "constant": [1 / 80, 1 / 80, 0, 1 / 80],  # 4 rows of up to 20
+        "sequence": [1 / 12, 1 / 3, 0, 1 / 15],  # 3 rows, 1 / (3 * length) per token
+        "constant": [1 / 80, 1 / 80, 0, 1 / 80],  # 4 rows of up to 20 tokens
     }.items():
         torch.testing.assert_close(token_weights(lengths, normalization, MAX_NEW), torch.tensor(expected))
         assert torch.equal(token_weights(torch.zeros(4), normalization, MAX_NEW), torch.zeros(4))
@@ -60,7 +60,7 @@ def test_token_weights_by_hand_and_zero_when_all_rows_are_truncated():
 
 def test_clipped_surrogate_by_hand():
     ratios = torch.tensor([[0.5, 0.9, 1.0, 1.1, 1.5]])
-    # A = 1: the gain stops at 1.3; A = -1: the loss stops falling at ratio 0.8. The loss is the negative.
+    # A = 1: the objective is capped at ratio 1.3. A = -1: it is capped at ratio 0.8. The loss is its negative.
     for advantage, expected in [(1.0, [-0.5, -0.9, -1.0, -1.1, -1.3]), (-1.0, [0.8, 0.9, 1.0, 1.1, 1.5])]:
         loss, ratio = policy_loss(ratios.log(), torch.zeros(1, 5), torch.tensor([[advantage]]), 0.2, 0.3)
         torch.testing.assert_close((loss, ratio), (torch.tensor([expected]), ratios))
@@ -68,14 +68,14 @@ def test_clipped_surrogate_by_hand():
 
 def test_sequence_ratio_is_the_exponential_of_the_mean_log_ratio_of_a_completions_tokens():
     # Completion 1: two tokens, log-ratios 0.3 and -0.1, mean 0.1: ratio e^0.1 = 1.1052 on both, not e^0.3 and e^-0.1.
-    # Completion 2: one token, log-ratio 0.4: e^0.4 = 1.4918, clipped to 1.2. Positions outside of the mask hold 0.
+    # Completion 2: one token, log-ratio 0.4: e^0.4 = 1.4918, clipped to 1.2. Positions outside the mask hold 0.
     log_probs = torch.tensor([[0.0, -0.7, -1.1], [0.0, 0.0, -0.6]], requires_grad=True)
     old = torch.tensor([[0.0, -1.0, -1.0], [0.0, 0.0, -1.0]])
     mask = torch.tensor([[False, True, True], [False, False, True]])
     loss, ratio = policy_loss(log_probs, old, torch.tensor([[2.0], [3.0]]), 0.2, 0.2, "sequence", mask)
     assert ratio[mask].tolist() == pytest.approx([1.1052, 1.1052, 1.4918], abs=1e-4)
     assert loss[mask].tolist() == pytest.approx([-2.2103, -2.2103, -3.6], abs=1e-4)
-    # d loss / d log_prob of each of completion 1's two tokens, the loss summed over both: -2 * 2 * e^0.1 / 2.
+    # d loss / d log_prob of each token of completion 1, with the loss summed over both tokens: -2 * 2 * e^0.1 / 2.
     (loss * mask).sum().backward()
     assert log_probs.grad[mask].tolist() == pytest.approx([-2.2103, -2.2103, 0.0], abs=1e-4)
 
@@ -106,7 +106,7 @@ def trained(model):
 
 
 def randomized(model, std):
-    """The model with random trained weights: a fresh adapter adds nothing, as its B is 0."""
+    """Randomize the trained weights: a fresh adapter adds nothing, because its B is 0."""
     torch.manual_seed(0)
     for parameter in trained(model).values():
         torch.nn.init.normal_(parameter, std=std)
@@ -120,7 +120,7 @@ def rollout(model):
 
 
 def one_batch(prompts, completions, normalization="token", rows=slice(None)):
-    """A micro-batch of some of the 16 rows, with the weights that they have in the whole step."""
+    """Make a micro-batch of some of the 16 rows, with the weights that they have in the whole step."""
     weights, chosen = token_weights(completions.mask.sum(1).float(), normalization, MAX_NEW), torch.zeros(16)
     chosen[rows] = weights[rows]
     (batch,) = grpo_train.make_micro_batches(prompts, completions, ADVANTAGES, chosen, 10**6, True)
@@ -128,7 +128,7 @@ def one_batch(prompts, completions, normalization="token", rows=slice(None)):
 
 
 def step_gradient(model, config, rows_per_batch, prompts, completions, drift=0.0):
-    """(gradient, losses, metrics) of one update with `rows_per_batch` rows per micro-batch."""
+    """Return (gradient, losses, metrics) of one update with `rows_per_batch` rows per micro-batch."""
     model.zero_grad()
     slices = [slice(first, first + rows_per_batch) for first in range(0, 16, rows_per_batch)]
     batches = [one_batch(prompts, completions, config.loss_normalization, rows) for rows in slices]
@@ -139,7 +139,7 @@ def step_gradient(model, config, rows_per_batch, prompts, completions, drift=0.0
         batch.ref_log_probs = log_probs - drift * torch.cos(10 * log_probs) * batch.mask
     accelerator, values = Accelerator(cpu=True), defaultdict(list)
     losses, norm, _ = grpo_train.update(model, Mock(), batches, config, None, accelerator, values)
-    gradient = torch.cat([p.grad.flatten() for p in trained(model).values()])  # Mock() does not take the step
+    gradient = torch.cat([p.grad.flatten() for p in trained(model).values()])  # the mock optimizer takes no step
     return gradient, losses, utils.summarize(values, accelerator) | {"grad_norm": norm}
 
 
@@ -177,7 +177,7 @@ def test_gradient_equals_a_plain_loop_over_unpadded_rows_and_is_clipped_to_max_g
     config = GRPOConfig(temperature=0.8, max_grad_norm=0.1)
     gradient, _, metrics = step_gradient(model, config, 4, prompts, completions)
     torch.testing.assert_close(gradient, 0.1 * plain / plain.norm(), atol=1e-6, rtol=1e-3)
-    assert metrics["grad_norm"] == pytest.approx(plain.norm().item(), rel=1e-4)  # before it is clipped
+    assert metrics["grad_norm"] == pytest.approx(plain.norm().item(), rel=1e-4)  # before clipping
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -210,7 +210,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_leaves_generation_alone(
         gradient, _, _ = step_gradient(model, GRPOConfig(), 16, prompts, completions)
         results.append((completions.tokens, gradient, sum(in_backward)))
     (tokens, gradient, never), (same_tokens, same_gradient, once) = results
-    assert torch.equal(tokens, same_tokens) and (never, once) == (0, 1)  # the backward pass computed the layer again
+    assert torch.equal(tokens, same_tokens) and (never, once) == (0, 1)  # the backward pass recomputed the layer
     torch.testing.assert_close(same_gradient, gradient, atol=1e-6, rtol=1e-5)
 
 
@@ -257,10 +257,10 @@ def test_adapter_trains_and_nothing_else_does():
     model = make_policy(make_model(), LoRA(rank=4), False)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     step_gradient(model, GRPOConfig(), 16, *rollout(model))
-    assert len(trained(model)) == 2 * 2 * 7  # A and B, 2 layers, 7 linears
+    assert len(trained(model)) == 2 * 2 * 7  # A and B, 2 layers, 7 linear modules
     torch.optim.AdamW(trained(model).values(), lr=1e-3).step()
     for name, parameter in model.named_parameters():
-        # lora_A has no gradient while lora_B is zero; weight decay alone would move it
+        # the gradient of lora_A is 0 while lora_B is 0, but weight decay moves it
         assert torch.equal(parameter, before[name]) == ("lora_" not in name), name
 
 
@@ -339,7 +339,7 @@ def test_micro_batches_hold_whole_groups_within_the_budget_of_positions_that_the
         assert 130 < sum(positions) <= budget
         starts = batch.mask.int().argmax(1)
         prompts_in = {tuple(row[:start].tolist()) for row, start in zip(batch.ids, starts, strict=True)}
-        assert not is_shared or len(batch.ids) == 3 * len(prompts_in)  # whole groups, but for rows without weight
+        assert not is_shared or len(batch.ids) == 3 * len(prompts_in)  # whole groups, except rows without weight
     single = grpo_train.make_micro_batches(prompts, completions, weights, weights, 1, is_shared)
     assert [len(batch.ids) for batch in single] == [1] * 12
 

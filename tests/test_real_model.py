@@ -1,4 +1,4 @@
-"""A real pretrained model, SmolLM2-135M-Instruct: tokenizer, template, weights, and training by both scripts.
+"""Tests with a real pretrained model, SmolLM2-135M-Instruct: tokenizer, chat template, weights, and training.
 
 python tests/make_smollm2.py FOLDER
 SMOLLM2=FOLDER python -m pytest -m slow tests/test_real_model.py

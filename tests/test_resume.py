@@ -1,4 +1,4 @@
-"""Stop, resume, damage and full disks, for both scripts: N steps, a stop and M steps are N + M steps."""
+"""Tests of both scripts: stopping, resuming, damaged files, full disks, kills. No interruption changes the result."""
 
 import itertools
 import json
@@ -40,12 +40,12 @@ WAYS = {
 
 
 def draw(completions, **columns):
-    """A reward function that draws random numbers."""
+    """Reward function that returns random numbers."""
     return [random.random() + numpy.random.rand() + float(torch.rand(())) for _ in completions]
 
 
 def journal(folder):
-    """The state after every step, from step 0 on."""
+    """Return the state after every step, starting with step 0."""
     return [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
 
 
@@ -64,15 +64,15 @@ def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, capsys, 
     assert "resuming after step 3" in out
     assert_same_run(parts, whole)
 
-    # Each way of training does what its keys say.
+    # Check that the overrides take effect.
     curves, weights = scalars(whole), model_weights(whole)
     assert all(math.isfinite(value) for points in curves.values() for _, value in points)
-    if DRAW in overrides:  # another step draws other numbers
+    if DRAW in overrides:  # every step draws new numbers
         assert len({value for _, value in curves["reward/test_resume:draw"]}) == 4
     base = AutoModelForCausalLM.from_pretrained(TINY).state_dict()
     if weights.keys() == base.keys():
         assert all(not torch.equal(weight, base[name]) for name, weight in weights.items())
-    if name == "grpo":  # what is trained is fp32: bf16 would round most updates away
+    if name == "grpo":  # trained weights are fp32: bf16 would round most updates away
         assert {weight.dtype for weight in weights.values()} == {torch.float32}
         if "updates_per_step=2" not in overrides and "dtype=bfloat16" not in overrides:
             assert {v for tag in ("ratio_min", "ratio_max") for _, v in curves[f"policy/{tag}"]} == {1.0}
@@ -80,7 +80,7 @@ def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, capsys, 
         if "kl_weight=0.1" in overrides:
             assert curves["policy/kl_k3"][0][1] == 0 or "updates_per_step=2" in overrides
             assert curves["policy/kl_k3"][1][1] > 0
-        if way == "grpo-adapter":  # the reference, a frozen second copy of it, is neither counted nor saved
+        if way == "grpo-adapter":  # the reference, a frozen copy of the adapter, is neither counted nor saved
             assert ", 835,712 parameters, 38,912 trained\n" in out
             assert weights.keys() == model_weights(finished["grpo"]).keys()
             assert curves["eval/strict_accuracy"][0][1] == scalars(finished["grpo"])["eval/strict_accuracy"][-1][1]
@@ -99,7 +99,7 @@ def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, capsys, 
 def test_run_that_dies_between_logging_and_saving_logs_no_step_twice(
     tmp_path, capsys, monkeypatch, script, finished, moment
 ):
-    """Die in the moment-th call that writes something lasting."""
+    """Die in the `moment`-th call that writes to disk."""
     folder, calls, run = tmp_path / "run", itertools.count(), runs.Run
 
     def dies(function):
@@ -115,11 +115,11 @@ def test_run_that_dies_between_logging_and_saving_logs_no_step_twice(
     with pytest.raises(KeyboardInterrupt):
         script.train(folder, f"seed={int(moment == 3)}")
     monkeypatch.undo()
-    if moment == 3:  # nothing is saved: other keys may change, but not the script
-        with pytest.raises(UserError, match="run: script: '.*', but that run was started with '"):
+    if moment == 3:  # nothing is saved yet: keys may change, but not the script
+        with pytest.raises(UserError, match="run: script: '.*': the run was started with '"):
             SCRIPTS["es" if script.key == "grpo" else "grpo"].train(folder)
     script.train(folder)
-    assert moment != 3 or "nothing was saved yet: starting from step 0" in capsys.readouterr().out
+    assert moment != 3 or "has no saved steps; starting from step 0" in capsys.readouterr().out
     assert_same_run(folder, finished[script.key])
 
 
@@ -141,23 +141,23 @@ def test_run_may_be_shortened_to_what_is_done_and_extended_at_a_constant_rate(tm
     folder, overrides = tmp_path / "run", ["lr_schedule=constant", "eval_every=4"]
     script.train(folder, *overrides, stop_after=3)
     before, saved = files_of(folder), files_of(folder / "checkpoints")
-    with pytest.raises(UserError, match="resume: .*: 3 steps are done, more than the 2 to do"):
+    with pytest.raises(UserError, match="resume: .*: 3 steps are done, more than the 2 of the config"):
         script.train(folder, *overrides, f"{script.num_steps}=2")
     assert files_of(folder) == before
-    for _ in range(2):  # the second time, the run is finished: it is left alone
+    for _ in range(2):  # the second time, the run is already finished and stays unchanged
         script.train(folder, *overrides, f"{script.num_steps}=3")
         assert files_of(folder / "checkpoints") == saved
     assert "step    3  held-out" in capsys.readouterr().out and (folder / "model").is_dir()
     script.train(folder, *overrides, f"{script.num_steps}=5")
     assert [step for step, _ in scalars(folder)["reward/mean"]] == [1, 2, 3, 4, 5]
-    # How often a run is evaluated and saved may change, and changes no weight.
+    # The evaluation and checkpoint intervals may change and do not affect the weights.
     others = [f"{script.num_steps}=5", "eval_every=5", "checkpoint_every=1", "keep_checkpoints=3"]
     script.train(tmp_path / "at once", *overrides, *others)
     assert files_of(folder / "model") == files_of(tmp_path / "at once" / "model")
     assert list(checkpoint_folders(tmp_path / "at once")) == [5, 4, 3]
 
 
-# Refused
+# Refusals
 
 
 def test_resuming_with_another_config_model_dataset_or_script_names_the_key(tmp_path, script):
@@ -173,14 +173,14 @@ def test_resuming_with_another_config_model_dataset_or_script_names_the_key(tmp_
     model.save_pretrained(tmp_path / "other")
     before = files_of(folder)
     for override, message in {
-        "seed=1": "seed: 1, but that run was started with 0; another run needs another run_name",
-        "learning_rate=0.5": "learning_rate: 0.5, but that run was started with",
-        "rewards={accuracy: 1.0}": "rewards: {'accuracy': 1.0}, but that run was started with",
-        "dtype=bfloat16": "dtype: 'bfloat16', but that run was started with 'float32'",
-        f"{script.num_steps}=9": f"{script.num_steps}: 9, but that run was started with 4",  # its schedule ends there
-        "resume=never": "exists already; choose another name or delete it",
+        "seed=1": "seed: 1: the run was started with 0; use another run_name for a new run",
+        "learning_rate=0.5": "learning_rate: 0.5: the run was started with",
+        "rewards={accuracy: 1.0}": "rewards: {'accuracy': 1.0}: the run was started with",
+        "dtype=bfloat16": "dtype: 'bfloat16': the run was started with 'float32'",
+        f"{script.num_steps}=9": f"{script.num_steps}: 9: the run was started with 4",  # it sets the schedule
+        "resume=never": "already exists; choose another name or delete it",
         f"model={tmp_path / 'other'}": "starting weights: '",
-        "device=cpu": "problems: '",  # of a file that has changed
+        "device=cpu": "problems: '",  # the file has changed
     }.items():
         changed = "\n".join(lines).replace('"56"', '"57"') if override == "device=cpu" else "\n".join(lines)
         file.write_text(changed)
@@ -189,7 +189,7 @@ def test_resuming_with_another_config_model_dataset_or_script_names_the_key(tmp_
         assert message in str(error.value) and files_of(folder) == before
     file.write_text("\n".join(lines))
     other = SCRIPTS["es" if script.key == "grpo" else "grpo"]
-    with pytest.raises(UserError, match="resume: .*run: script: '.*', but that run was started with '"):
+    with pytest.raises(UserError, match="resume: .*run: script: '.*': the run was started with '"):
         other.train(folder)
     assert files_of(folder) == before
     script.train(folder, *overrides, f"model={tmp_path / 'moved'}", "eval_every=1")
@@ -211,8 +211,8 @@ def test_run_resumes_from_the_last_undamaged_checkpoint_and_without_one_only_es_
     capsys.readouterr()
     script.train(folder)
     out = capsys.readouterr().out
-    assert f"resume: {path} is damaged or missing: trying the checkpoint before it" in out
-    assert f"resuming after step {2 if script.key == 'grpo' else 3}" in out  # ES has its journal
+    assert f"resume: {path} is damaged or missing; trying the previous checkpoint" in out
+    assert f"resuming after step {2 if script.key == 'grpo' else 3}" in out  # ES replays its journal
     assert_same_run(folder, finished[script.key])
     for source in ROOT.glob("*.py"):
         forbidden = r"torch\.load|pickle|trust_remote_code|unsafe|(?<![\w.])(eval|exec)\("
@@ -222,12 +222,12 @@ def test_run_resumes_from_the_last_undamaged_checkpoint_and_without_one_only_es_
         (path / "state.json").unlink()
     before = files_of(folder)
     if script.key == "grpo":
-        with pytest.raises(UserError, match="resume: .*run/checkpoints: there is no undamaged checkpoint"):
+        with pytest.raises(UserError, match="resume: .*run/checkpoints has no undamaged checkpoint"):
             script.train(folder)
         assert files_of(folder) == before
     else:
         script.train(folder)
-        assert capsys.readouterr().out.count("is damaged or missing: trying the checkpoint before it") >= 2
+        assert capsys.readouterr().out.count("is damaged or missing; trying the previous checkpoint") >= 2
         assert_same_run(folder, finished[script.key])
 
 
@@ -249,7 +249,7 @@ def test_journal_replays_the_weights_of_every_step_bit_for_bit(tmp_path, perturb
 
 
 def copy_of_journal(finished, tmp_path, keeps_checkpoints=False):
-    """The journal of a copy of the ES run: without checkpoints, all of it is replayed."""
+    """Copy the ES run and return the path and lines of its journal. Without checkpoints, resuming replays all of it."""
     folder = shutil.copytree(finished["es"], tmp_path / "run")
     shutil.rmtree(folder / "model")
     if not keeps_checkpoints:
@@ -272,9 +272,9 @@ def test_run_resumes_after_the_last_whole_line_of_the_journal(finished, tmp_path
 
 
 DAMAGED_JOURNALS = {
-    "line removed": (2, b"", "does not give the weights"),
+    "line removed": (2, b"", "does not restore the weights"),
     "not JSON": (2, b'{"step": 2, "rew\n', "is damaged"),
-    "other rate": (1, None, "does not give the weights"),
+    "other rate": (1, None, "does not restore the weights"),
 }
 
 
@@ -292,7 +292,7 @@ def test_damaged_journal_is_named_and_left_alone(finished, tmp_path, case):
 # A full disk
 
 
-SIZES = {"config": 500, "log": 3_000, "model": 100_000, "optimizer": 200_000, "result": 100_000}  # no room for it
+SIZES = {"config": 500, "log": 3_000, "model": 100_000, "optimizer": 200_000, "result": 100_000}  # file size limits
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("log", "whole disk")]
 
 
@@ -328,7 +328,7 @@ def test_full_disk_ends_the_run_with_one_line_and_it_resumes_when_there_is_room(
 
 
 def work_done(script, folder):
-    """Steps that no kill may take away."""
+    """Return the number of steps that a kill must not lose."""
     if script.key == "es":
         path = folder / "journal.jsonl"
         return max(0, path.read_bytes().count(b"\n") - 1) if path.exists() else 0
@@ -337,7 +337,7 @@ def work_done(script, folder):
 
 @pytest.mark.parametrize("num_kills", [3, pytest.param(int(os.environ.get("KILLS", 30)), marks=pytest.mark.slow)])
 def test_run_killed_again_and_again_ends_as_an_uninterrupted_one(tmp_path, script, num_kills):
-    """KILLS=300 in the environment kills more often."""
+    """Kill at random moments. Set KILLS=300 in the environment for more kills."""
     rng = random.Random(0)
     overrides = [f"{script.num_steps}={num_kills + 8}", "checkpoint_every=3", "eval_every=3"]
     started = time.monotonic()
@@ -349,7 +349,7 @@ def test_run_killed_again_and_again_ends_as_an_uninterrupted_one(tmp_path, scrip
     folder, done = tmp_path / "killed", []
     for _ in range(num_kills):
         before, process = work_done(script, folder), Process(script, folder, *overrides)
-        # Before anything is written, or some steps further on, so that the kills spread over the run.
+        # Kill before anything is written, or a few steps later, so that the kills spread over the run.
         if rng.random() < 0.5:
             process.process.join(rng.uniform(0.0, start_up))
         else:
@@ -357,11 +357,11 @@ def test_run_killed_again_and_again_ends_as_an_uninterrupted_one(tmp_path, scrip
                 time.sleep(0.001)
             process.process.join(rng.uniform(0.0, 0.05 * training))
         process.process.kill()
-        assert process.wait() in (-signal.SIGKILL, 0)  # an error would be 1: every run started, or was killed before
+        assert process.wait() in (-signal.SIGKILL, 0)  # 1 would be an error
         done.append(work_done(script, folder))
         found = newest_checkpoint(folder) if folder.exists() else None
         assert bool(found) == bool(checkpoint_folders(folder))  # no kill damages a checkpoint
-    assert done == sorted(done) and len(set(done)) > num_kills // 6, done  # what was done is never lost
+    assert done == sorted(done) and len(set(done)) > num_kills // 6, done  # no kill loses finished steps
     process = Process(script, folder, *overrides)
     assert process.wait() == 0, process.err
     assert_same_run(folder, tmp_path / "uninterrupted")
@@ -373,11 +373,11 @@ def test_second_process_is_refused_and_a_second_signal_ends_the_first_at_once(tm
         "    time.sleep(60 * (len(calls) == 3))\n    return [float(len(text)) for text in completions]\n"
     )
     folder, overrides = tmp_path / "run", ["rewards={'slow_reward:f': 1.0}", "checkpoint_every=1"]
-    overrides += ["population_batch=6"] * (script.key == "es")  # one call in each step
+    overrides += ["population_batch=6"] * (script.key == "es")  # one call per step
     process = Process(script, folder, *overrides, import_path=[tmp_path])
     process.wait_until(lambda: process.out.count("scoring") == 3)
     before = files_of(folder)
-    with pytest.raises(UserError, match=f"run_name: {folder} is being written by another process"):
+    with pytest.raises(UserError, match=f"run_name: {folder} is in use by another process"):
         script.train(folder)
     assert files_of(folder) == before
     process.send_signal(signal.SIGTERM)
@@ -385,7 +385,7 @@ def test_second_process_is_refused_and_a_second_signal_ends_the_first_at_once(tm
     assert process.process.is_alive()
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == -signal.SIGTERM
-    process = Process(script, folder, *overrides, import_path=[tmp_path])  # the lock has died with its process
+    process = Process(script, folder, *overrides, import_path=[tmp_path])  # the lock is gone with its process
     assert process.wait() == 0 and "resuming after step 2" in process.out, process.err
 
 
@@ -397,4 +397,4 @@ def test_checkpoint_of_either_script_holds_a_model_to_start_from(tmp_path, scrip
         for name in ("eval/strict_accuracy", "eval/lenient_accuracy"):
             assert scalars(start)[name] == [(0, scalars(folder)[name][-1][1])]
         is_adapter = (checkpoint_folders(start)[0] / "model" / "adapter_config.json").exists()
-        assert is_adapter == (script.key == "grpo")  # ES merges an adapter
+        assert is_adapter == (script.key == "grpo")  # ES merges the adapter

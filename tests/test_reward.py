@@ -1,4 +1,4 @@
-"""Answer extraction, exact values and reward functions, with ordinary, adversarial and hostile completions."""
+"""Tests of answer extraction, exact values and reward functions, with ordinary, adversarial and hostile completions."""
 
 import itertools
 import re
@@ -68,8 +68,8 @@ def test_any_number_is_read_exactly_and_any_polynomial_in_any_order(number, deci
 NO_VALUES = "|-|$|%|--7|+-7|e5|nan|inf|seven|7..|0x10|1_000|(7)(7)|3+4|2*3|9**9**9|x^-1|x^1001|2x+x|(x+1)*(x-2)|xx|y"
 NO_VALUES += "| |2^3|x/2|1,25|1234,567|12,34,567|1.2.3|3/0|1/2/3|0,125|14/2|8/8|0/5|3%x|$x|24 or 25|24, 25|1 2|3, 100"
 NO_VALUES += "|1, 250|1 .5|x(x-1)|3 / 4|7 apples|1\n2|1\t2|" + "9" * 201
-NO_VALUES += "|٣|７|०|1.٣|1/٣|x^٣|٣x|1,٣٣٣"  # digits of other scripts
-INVISIBLE = [f"1{character}2" for character in "\u200b\u200d\u2060\ufeff\u202e\u00ad\x00"]  # no other number than 12
+NO_VALUES += "|٣|７|०|1.٣|1/٣|x^٣|٣x|1,٣٣٣"  # digits in other scripts
+INVISIBLE = [f"1{character}2" for character in "\u200b\u200d\u2060\ufeff\u202e\u00ad\x00"]  # none of these is 12
 
 
 @pytest.mark.parametrize("text", [*NO_VALUES.split("|"), *INVISIBLE])
@@ -77,7 +77,7 @@ def test_text_that_is_no_plain_answer_has_no_value(text):
     assert parse_value(text) is None
 
 
-# The adversarial table: what other parsers let pass, in both directions.
+# Adversarial answers that other parsers get wrong, in both directions.
 EQUAL = [("2x-1", "-1+2x"), ("1,250", "1250"), ("18.0", "18"), ("$18", "18"), ("x**2-3x+2", "x^2-3x+2")]
 UNEQUAL = [("x**2-3x+2", "x**2+3x-2"), ("x^2-3x+2", "x^2-3x"), ("7", "-7"), ("-7", "7")]  # signs and terms
 UNEQUAL += [("24 or 25", "24"), ("24 or 25", "25"), ("18 eggs", "18"), ("", "0")]
@@ -95,7 +95,7 @@ def test_adversarial_answers_score_one_only_if_exactly_equal(answer, reference):
 
 def test_reference_that_is_a_word_is_compared_as_text():
     assert accuracy_reward([tagged(" Paris "), tagged("paris"), "Paris"], ["Paris"] * 3) == [1.0, 0.0, 0.0]
-    assert lenient_correct(tagged("Paris"), "Paris")  # never stricter than strict
+    assert lenient_correct(tagged("Paris"), "Paris")  # lenient is never stricter than strict
 
 
 # Format
@@ -141,7 +141,7 @@ def test_lenient_answer_is_the_last_value_of_the_text(text):
 def assert_scored_in_10_ms(text, reference):
     for completion in (text, tagged(text), f"<think>{text}</think><answer>{text[:200]}</answer>"):
         seconds = []
-        for _ in range(3):  # the best of three: the machine may be busy, a slow parser is slow every time
+        for _ in range(3):  # best of three: a busy machine may be slow once, a slow parser is slow every time
             start = time.process_time()
             assert accuracy_reward([completion], [reference]) == [0.0]
             assert format_reward([completion]) in ([0.0], [1.0])
@@ -198,7 +198,7 @@ def test_score_weighs_components_and_reports_them_unweighted():
 
 @pytest.fixture
 def write_reward(monkeypatch, tmp_path):
-    """A function that writes the module my_rewards."""
+    """Return a function that writes the module my_rewards."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
     return (tmp_path / "my_rewards.py").write_text
@@ -219,8 +219,8 @@ def test_users_function_gets_every_column_and_is_named_by_module(write_reward):
     ("name", "message"),
     [
         ("acuracy", "rewards: 'acuracy': expected one of accuracy, lenient_accuracy, format, tag_count, or my_module"),
-        ("no_such_module:f", "there is no module no_such_module on the path"),
-        ("no_such_package.module:f", "there is no module no_such_package on the path"),
+        ("no_such_module:f", "there is no module no_such_module"),
+        ("no_such_package.module:f", "there is no module no_such_package"),
         ("reward:", "rewards: 'reward:': expected one of"),
         ("reward:no_such_function", "reward has no function no_such_function"),
         ("reward:TAGS", "reward has no function TAGS"),
@@ -235,9 +235,9 @@ def test_unknown_reward_is_named(name, message):
     ("body", "error", "message"),
     [
         ("raise KeyError('answers')", KeyError, "answers"),
-        ("return [1j] * len(completions)", UserError, "rewards: my_rewards:f returned 1j, no number, for 'some text'"),
+        ("return [1j] * len(completions)", UserError, "rewards: my_rewards:f returned 1j, not a number, for '"),
         ("return [1.0]", UserError, r"rewards: my_rewards:f returned \[1.0\], expected a list of 2 numbers"),
-        ("return ['1', '2']", UserError, "rewards: my_rewards:f returned '1', no number"),
+        ("return ['1', '2']", UserError, "rewards: my_rewards:f returned '1', not a number"),
         ("...\nimport no_such_module", ModuleNotFoundError, "no_such_module"),
     ],
 )
@@ -247,7 +247,7 @@ def test_bug_in_a_reward_function_stops_and_is_named(write_reward, body, error, 
         score({"my_rewards:f": 1.0}, ["some text", "other"], [{"prompt": "p", "answer": "7"}] * 2)
 
 
-# Answers as people write them: (completion's answer, reference, is right)
+# Answers as people write them: (completion's answer, reference, is correct)
 TYPESET = [
     *[
         (text, "42", True)
@@ -273,7 +273,7 @@ def test_strict_answer_is_one_value_however_it_is_typeset(text, reference, right
     "reference", ["5", r"\boxed{5}", "5.", "5e0", r"\frac{15}{3} \#\#\#\#", "It is 5\n#### 5", "10/2"]
 )
 def test_reference_is_read_as_an_answer_is(reference):
-    is_value = reference not in (r"\frac{15}{3} \#\#\#\#", "10/2")  # still to be computed: compared as text
+    is_value = reference not in (r"\frac{15}{3} \#\#\#\#", "10/2")  # unevaluated expressions: compared as text
     assert strict_correct(tagged("5"), reference) == is_value
 
 
@@ -300,7 +300,7 @@ FINAL = [
         ],
         *[("Answer: 1 or √3", "1", False), (r"\frac123", "1/23", False), (r"\boxed{10-5 = 5}", "5", True)],
     ],
-    *[(f"{marker} - 5", "-5", True) for marker in ("The answer is", "####")],  # a minus, no bullet
+    *[(f"{marker} - 5", "-5", True) for marker in ("The answer is", "####")],  # a minus sign, not a bullet
     *[("The answer is:\n- 5", "5", True), ("The answer is 42, 6*7.", "42", True), ("1/2, 3/4", "3/4", True)],
     ("İ #### 42, not 7.", "42", True),
     *[(f"{marker}\n42. I added 40 and 2.", "42", True) for marker in ("Answer:", "####", "The answer is")],

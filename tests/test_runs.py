@@ -1,4 +1,4 @@
-"""Run and its parts: signals, skipped steps, memory, the run's folder and checkpoints, TensorBoard, the terminal."""
+"""Tests of runs.py: signals, skipped steps, out of memory, run folders, checkpoints, TensorBoard, terminal output."""
 
 import contextlib
 import html
@@ -37,7 +37,7 @@ from runs import checkpoint_folders, completion_table, newest_checkpoint, read_s
 def test_signal_stops_after_the_step_with_a_checkpoint_and_prints_the_command_that_resumes(tmp_path, script):
     folder, overrides = tmp_path / "run", [f"{script.num_steps}=10", "checkpoint_every=2"]
     process = Process(script, folder, *overrides)
-    process.wait_until(lambda: "held-out" in process.out)  # the output can be followed in a file
+    process.wait_until(lambda: "held-out" in process.out)  # output to a file is flushed line by line
     process.wait_until(lambda: 2 in checkpoint_folders(folder))
     process.send_signal({"grpo": signal.SIGINT, "es": signal.SIGTERM}[script.key])
     assert process.wait() == 0, process.err
@@ -62,23 +62,23 @@ def test_first_signal_is_noted_the_second_is_not_caught_and_handlers_are_put_bac
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-# One line for a full disk and for memory that runs out
+# One-line errors for a full disk and out of memory
 
 
 def last_line(monkeypatch, script, main):
-    """The line that the script ends with if its main() is `main`."""
+    """Return the line that the script exits with if its main() is `main`."""
     monkeypatch.setattr(sys, "argv", [f"{script.name}.py"])
-    monkeypatch.setattr(signal, "signal", Mock())  # handlers stay pytest's
+    monkeypatch.setattr(signal, "signal", Mock())  # keep pytest's handlers
     with pytest.raises(SystemExit) as error:
         utils.run_from_command_line(main, script.config_class, ROOT / f"{script.key}_config.yml")
-    signal.signal.assert_any_call(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during set-up ends it without a traceback
+    signal.signal.assert_any_call(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during setup exits without a traceback
     return str(error.value)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Exception("File too large (os error 27)")])
 def test_any_exception_for_a_full_disk_is_one_line(monkeypatch, error):
     line = last_line(monkeypatch, SCRIPTS["grpo"], Mock(side_effect=error))
-    assert line == f"error: the disk is full: {error}; what was saved before is intact"
+    assert line == f"error: the disk is full: {error}; earlier checkpoints are intact"
 
 
 @pytest.mark.parametrize("where", ["grpo rollout", "grpo update", "es rollout"])
@@ -86,7 +86,7 @@ def test_out_of_gpu_memory_ends_the_run_with_one_line_that_names_the_keys(tmp_pa
     script, refused, honest = SCRIPTS[where.split()[0]], [], utils.load_model
 
     def refuse(module, inputs, *outputs):
-        if "update" in where or len(inputs[0]) > 8:  # there is room for evaluation, but not for a rollout
+        if "update" in where or len(inputs[0]) > 8:  # evaluation fits in memory, a rollout does not
             refused.append(module)
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB.")
 
@@ -101,13 +101,13 @@ def test_out_of_gpu_memory_ends_the_run_with_one_line_that_names_the_keys(tmp_pa
         "error: out of GPU memory: lower max_new_tokens or the keys of Memory and speed "
         "(CUDA out of memory. Tried to allocate 9 GiB.)"
     )
-    assert len(refused) == 1  # nothing is tried again
+    assert len(refused) == 1  # nothing is retried
 
 
 # Steps with a non-finite reward, loss or gradient
 
 
-SICK = []  # for each call of the reward function: what the third completion gets, or 0
+SICK = []  # for each call of the reward function, the third completion's reward, or 0 for the usual one
 
 
 def sick(completions, **columns):
@@ -118,14 +118,14 @@ def sick(completions, **columns):
 def test_non_finite_rewards_skip_steps_and_many_in_a_row_stop_the_run_with_the_reason(tmp_path, capsys, script):
     folder, overrides = tmp_path / "run", ["rewards={accuracy: 1.0, 'test_runs:sick': 1.0}", "lr_schedule=constant"]
     overrides += [f"{script.num_steps}=8", "max_skipped_steps=3", "keep_checkpoints=1", "checkpoint_every=1"]
-    overrides += ["population_batch=6"] * (script.key == "es")  # one call in each step
+    overrides += ["population_batch=6"] * (script.key == "es")  # one call per step
     SICK[:] = [0, math.nan, 0, math.inf, 0, math.nan, math.nan, math.nan]
     with pytest.raises(UserError) as error:
         script.train(folder, *overrides)
     assert str(error.value) == (
-        "max_skipped_steps: 3 steps in a row were skipped, the last because "
-        "reward/test_runs:sick of completion 2 is nan; the last checkpoint from before them: "
-        f"{folder}/checkpoints/step_000005"  # though each step is saved
+        "max_skipped_steps: 3 consecutive steps were skipped, the last because "
+        "reward/test_runs:sick of completion 2 is nan; the last checkpoint before them: "
+        f"{folder}/checkpoints/step_000005"  # although every step is saved
     )
     out = capsys.readouterr().out
     for step, value in {2: "nan", 4: "inf", 6: "nan", 7: "nan", 8: "nan"}.items():
@@ -133,8 +133,8 @@ def test_non_finite_rewards_skip_steps_and_many_in_a_row_stop_the_run_with_the_r
     assert [v for _, v in scalars(folder)["optim/skipped_steps"]] == [0, 1, 1, 2, 2, 3, 4, 5]
     skipped = {step: read_state(path)["weights"] for step, path in checkpoint_folders(folder).items()}
     assert list(skipped) == [7, 6, 5] and len(set(skipped.values())) == 1
-    script.train(folder, *overrides)  # mended, it resumes
-    assert scalars(folder)["optim/skipped_steps"][-1] == (8, 4)  # the third was not saved
+    script.train(folder, *overrides)  # the rewards are finite again, and the run resumes
+    assert scalars(folder)["optim/skipped_steps"][-1] == (8, 4)  # the third skipped step in a row was not saved
     assert newest_checkpoint(folder)[1]["weights"] != skipped[7]
     assert all(weight.isfinite().all() for weight in model_weights(folder).values())
 
@@ -144,7 +144,7 @@ def test_non_finite_log_prob_of_the_sampler_skips_the_step(tmp_path, capsys, mon
 
     def sample(logits, uniforms, temperature):
         tokens, log_probs = honest(logits, uniforms, temperature)
-        calls.append(len(logits) > 8)  # more than there are problems to evaluate on
+        calls.append(len(logits) > 8)  # a rollout: evaluation decodes 8 rows
         if calls[-1] and sum(calls) == 5:
             log_probs[1] = torch.nan
         return tokens, log_probs
@@ -163,14 +163,14 @@ def test_non_finite_loss_or_gradient_skips_the_step(tmp_path, capsys, monkeypatc
         loss, ratio = honest(log_probs, *args)
         calls.append(1)
         if len(calls) == 1 and what == "loss":
-            loss = loss + torch.inf  # a constant: its gradient is finite
+            loss = loss + torch.inf  # a constant leaves the gradient finite
         if len(calls) == 1 and what == "gradient":
             log_probs.register_hook(lambda grad: grad * torch.inf)
         return loss, ratio
 
     monkeypatch.setattr(grpo_train, "policy_loss", policy_loss)
     folder = script.train(tmp_path / "run", "num_steps=2", "checkpoint_every=1", "updates_per_step=2")
-    message = r"step 1 skipped: the loss is (\S+), the norm of its gradient (\S+)\n"
+    message = r"step 1 skipped: the loss is (\S+) and the gradient norm (\S+)\n"
     loss, norm = re.search(message, capsys.readouterr().out).groups()
     assert (loss in ("inf", "nan"), norm == "nan") == (what == "loss", what == "gradient")
     assert [v for _, v in scalars(folder)["optim/skipped_steps"]] == [1, 1]
@@ -195,9 +195,9 @@ def test_folder_is_made_or_reopened_and_never_one_with_anything_else_in_it(tmp_p
     (tmp_path / "empty").mkdir()
     for name in ("new", "new", "empty", "begun", "killed"):
         assert find(run_name=name) == tmp_path / name and (tmp_path / name).is_dir()
-    monkeypatch.setattr(time, "strftime", lambda format: "begun")  # two unnamed runs of one second
+    monkeypatch.setattr(time, "strftime", lambda format: "begun")  # two unnamed runs in the same second
     for values in ({"run_name": "begun", "resume": "never"}, {"run_name": None}, {"run_name": "foreign"}):
-        with pytest.raises(UserError, match="(begun|foreign) exists already; choose another name or delete it"):
+        with pytest.raises(UserError, match="(begun|foreign) already exists; choose another name or delete it"):
             find(**values)
 
 
@@ -211,7 +211,7 @@ def save_small(folder, step, keep=2):
 
 
 def test_at_whatever_call_a_process_dies_the_newest_checkpoint_is_whole(tmp_path, monkeypatch):
-    """Each call that moves or removes files is in turn the last: before it, and for rmtree in the middle of it."""
+    """Die at each call that moves or removes files in turn: before the call, and for rmtree in the middle of it."""
     for last in range(100):
         folder, calls = tmp_path / str(last), []
         save_small(folder, 1), save_small(folder, 2)
@@ -220,7 +220,7 @@ def test_at_whatever_call_a_process_dies_the_newest_checkpoint_is_whole(tmp_path
             def call(moved, *args, **kwargs):
                 if len(calls) == last and honest is shutil.rmtree and Path(moved).exists():
                     next(file for file in Path(moved).rglob("*") if file.is_file()).unlink()
-                if len(calls) >= last:  # dead, it does not clean up either
+                if len(calls) >= last:  # a dead process does not clean up
                     calls.append("dead")
                     raise KeyboardInterrupt
                 calls.append(honest.__name__)
@@ -243,7 +243,7 @@ def test_at_whatever_call_a_process_dies_the_newest_checkpoint_is_whole(tmp_path
 
 def test_leftovers_of_kills_and_damaged_or_lost_checkpoints_make_way_for_good_ones(tmp_path, monkeypatch, capsys):
     checkpoints = save_small(tmp_path, 1)
-    for name in ("step_000002.partial", "step_000005"):  # half written; of steps that were lost, and damaged
+    for name in ("step_000002.partial", "step_000005"):  # half-written; damaged and from lost steps
         (checkpoints / name / "model").mkdir(parents=True)
         (checkpoints / name / "model" / "half").touch()
     save_small(tmp_path, 2)
@@ -303,7 +303,7 @@ def test_any_journal_is_read_up_to_its_last_whole_line_or_named(tmp_path_factory
     assert json.dumps(runs.read_journal(path)) == json.dumps(states)
 
 
-# What TensorBoard gets, and a person sees in the terminal
+# TensorBoard and terminal output
 
 
 def test_completions_in_the_log_are_marked_right_wrong_or_wrong_in_format():
@@ -387,10 +387,10 @@ def test_without_a_terminal_there_is_a_line_every_half_minute(tmp_path, capsys, 
 
 
 def test_tied_rewards_in_the_first_three_steps_are_reported_once(tmp_path, script, capsys):
-    script.train(tmp_path / "run", "max_new_tokens=2", "rewards={accuracy: 1.0}")  # no completion is ever whole
+    script.train(tmp_path / "run", "max_new_tokens=2", "rewards={accuracy: 1.0}")  # no answer fits in two tokens
     out = capsys.readouterr().out
     expected = (
-        r"no signal: all rewards tied in the first 3 steps.* 0% of the completions are right and 0% have the format"
+        r"no signal: all rewards tied in the first 3 steps.* 0% of the completions are correct and 0% have the format"
     )
     assert len(re.findall(expected, out)) == 1 and "Try examples, the rewards lenient_accuracy and tag_count" in out
     script.train(tmp_path / "other", "max_new_tokens=40")

@@ -1,4 +1,4 @@
-"""Both scripts as a user runs them: whole runs, errors, edited code, several processes, README."""
+"""Tests of both scripts as a user runs them: whole runs, errors, edited code, multiple processes, README."""
 
 import functools
 import json
@@ -35,13 +35,13 @@ TAGS = (
     "time/rollout time/reward time/update throughput/tokens_per_second progress/prompts optim/learning_rate "
 )
 MORE_TAGS = {
-    "grpo": "reward/group_std reward/equal_groups policy/entropy policy/ratio_max optim/loss optim/grad_norm",
+    "grpo": "reward/group_std reward/zero_variance_groups policy/entropy policy/ratio_max optim/loss optim/grad_norm",
     "es": "es/reward_min es/reward_mean es/reward_max es/reward_std es/tie_rate es/noise_scale",
 }
 
 
 def run(command, folder=ROOT, path=""):
-    """Run a command as a user does, with a new Python interpreter. Returns what it prints."""
+    """Run a command as a user would, with a new Python interpreter. Return its output."""
     command = re.sub(r"^python ", f"{shlex.quote(sys.executable)} ", command)
     environment = {**os.environ, "PYTHONPATH": str(path)}
     done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
@@ -53,7 +53,7 @@ def run(command, folder=ROOT, path=""):
 
 
 def test_script_trains_and_prints_how_to_load_the_result(tmp_path, script):
-    """With Hugging Face `datasets` installed, as far as other libraries can see: it must not get in the way."""
+    """Make Hugging Face `datasets` appear installed to other libraries. It must not get in the way."""
     site, folder = tmp_path / "site", tmp_path / "run"
     (site / "datasets-4.0.0.dist-info").mkdir(parents=True)
     (site / "datasets").mkdir()
@@ -63,7 +63,7 @@ def test_script_trains_and_prints_how_to_load_the_result(tmp_path, script):
     command = shlex.join([f"{script.name}.py", *script.where(folder), "eval_size=64"])
     out = run(f"python {command} 2>&1", path=site)
     assert "Traceback" not in out and "Warning" not in out
-    assert "Held-out accuracy, greedy, 64 problems (95% interval)" in out
+    assert "Held-out accuracy, greedy decoding, 64 problems (95% interval)" in out
     num_trained = {"grpo": "38,912", "es": "835,712"}[script.key]
     assert f"model   {TINY}, 835,712 parameters, {num_trained} trained\n" in out
     assert f'from_pretrained({"base, " * (script.key == "grpo")}"{folder}/model")' in out
@@ -99,13 +99,13 @@ def test_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, script,
 
 @pytest.mark.parametrize("overrides", [["mask_truncated=true", "weight_decay=0.5", "kl_weight=0.1"], ["kl_weight=0"]])
 def test_step_without_any_gradient_is_a_no_op(tmp_path, overrides):
-    # Two new tokens never complete an answer: all rewards are equal, and every row is truncated.
+    # No answer fits in two tokens, so all rewards are equal and every row is truncated.
     folder = SCRIPTS["grpo"].train(tmp_path / "run", "max_new_tokens=2", *overrides)
     curves = scalars(folder)
     assert all(math.isfinite(value) for points in curves.values() for _, value in points)
     assert [value for _, value in curves["completion/truncated"]] == [1, 1, 1, 1]
     assert [value for _, value in curves["optim/loss"]] == [0, 0, 0, 0]
-    set_seed(0)  # the adapter's initial weights follow from the seed alone
+    set_seed(0)  # the seed alone determines the adapter's initial weights
     fresh = grpo_train.make_policy(utils.load_model(TINY, "float32", "cpu"), grpo_train.LoRA(rank=4), False)
     fresh = {name.replace(".default", ""): parameter for name, parameter in fresh.named_parameters()}
     assert all(torch.equal(weight, fresh[name]) for name, weight in model_weights(folder).items())
@@ -122,9 +122,10 @@ def test_mask_truncated_takes_truncated_rows_and_no_others_out_of_the_loss(tmp_p
 
 
 def test_batch_sizes_of_the_rollout_change_no_weight(tmp_path, finished):
-    batches = {"population_batch=1": "es", "population_batch=6": "es", "micro_batch_tokens=1": "grpo"}  # 4 otherwise
+    # The `finished` run has population_batch=4.
+    batches = {"population_batch=1": "es", "population_batch=6": "es", "micro_batch_tokens=1": "grpo"}
     for number, (override, key) in enumerate(batches.items()):
-        more, tolerance = (["generation_batch_size=1"], 2e-5) if key == "grpo" else ([], 0)  # sums in another order
+        more, tolerance = (["generation_batch_size=1"], 2e-5) if key == "grpo" else ([], 0)  # different summation order
         ours = model_weights(SCRIPTS[key].train(tmp_path / f"run{number}", override, *more))
         torch.testing.assert_close(ours, model_weights(finished[key]), atol=tolerance, rtol=50 * tolerance)
 
@@ -151,7 +152,7 @@ def test_recipe_trains_the_embedded_model_and_its_suggested_models_load(recipe, 
     assert (tmp_path / "run" / "model" / "tokenizer.json").is_file()
 
 
-# Errors: in what a user gave, one line and nothing started; in code, a traceback
+# Errors: bad input gives one line and starts nothing, a bug in code gives a traceback
 
 
 BAD_INPUT = [
@@ -160,12 +161,12 @@ BAD_INPUT = [
     ("dataset=math", "dataset: 'math': expected one of math_expr, gsm8k, or a path that ends in .jsonl"),
     ("rewards={speed: 1}", "rewards: 'speed': expected one of accuracy, lenient_accuracy, format, "),
     ("model=nowhere/at_all", "model: 'nowhere/at_all': We couldn't connect to 'https://huggingface.co'"),
-    ("model=tinny", "model: 'tinny': there is no such folder here; on the hub, owner/model is expected"),
+    ("model=tinny", "model: 'tinny': no such folder; a name on the hub has the form owner/model"),
     ("model=tests", "model: 'tests': Unrecognized model in tests."),
-    ("log_dir=README.md/logs", "log_dir: README.md/logs/run cannot be made: "),
-    ("run_name=taken", "taken exists already; choose another name or delete it"),
+    ("log_dir=README.md/logs", "log_dir: README.md/logs/run cannot be created: "),
+    ("run_name=taken", "taken already exists; choose another name or delete it"),
     ("max_new_tokens=500", "max_new_tokens: 500: a prompt of "),
-    ("device=cuda", "device: cuda: PyTorch finds no GPU here; use cpu or auto"),
+    ("device=cuda", "device: cuda: PyTorch finds no GPU; use cpu or auto"),
 ]
 
 
@@ -175,7 +176,7 @@ def test_bad_input_ends_with_one_line(tmp_path, capfd, monkeypatch, argument, me
     (tmp_path / "logs" / "taken" / "notes.txt").write_text("mine")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(signal, "signal", lambda *arguments: None)  # handlers stay pytest's
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)  # keep pytest's handlers
     arguments = ["grpo_train.py", f"log_dir={tmp_path / 'logs'}", "run_name=run", argument]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as error:
@@ -209,11 +210,11 @@ def test_script_without_its_docstring_shows_its_help_and_importing_it_starts_not
     assert run(f"python -B -c 'import {script.name}' 2>&1") == "" and not (tmp_path / "run").exists()
 
 
-# Several processes (gloo, CPU)
+# Multiple processes (gloo, CPU)
 
 
 def record(file):
-    """Write down what a process does, in `file`: gradients, fingerprints of the weights, problems it evaluates on."""
+    """Record a process's gradients, weight fingerprints and evaluation problems in `file`."""
     seen = {"gradients": [], "weights": [], "evaluated": []}
     clip, commit, evaluate = torch.nn.utils.clip_grad_norm_, runs.Run._commit, utils.evaluate
 
@@ -235,7 +236,7 @@ def record(file):
 
 
 def start_processes(number, script, folder, *overrides):
-    """Start a run as torchrun does; each process records what it does beside the run's folder."""
+    """Start a run as torchrun does. Each process writes a record next to the run's folder."""
     folder.parent.mkdir(exist_ok=True)
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
@@ -255,7 +256,7 @@ def seen(folder, rank):
 
 
 MULTI_PROCESS = {
-    # Neither five prompts nor seven problems to evaluate on divide by two; sequences and the KL have their own sums.
+    # Five prompts and seven evaluation problems do not divide by two. Sequence means and the KL have their own sums.
     "grpo": ["eval_size=7", "prompts_per_step=5"],
     "grpo-sequence": ["eval_size=7", "prompts_per_step=5", "kl_weight=0.05", "loss_normalization=sequence"],
     "es": ["eval_size=7", "population_size=5"],
@@ -272,10 +273,10 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path, way):
         assert [process.wait() for process in processes] == [0] * number, processes[0].err
         assert f"device  {number} x cpu" in processes[0].out
         assert "Held-out accuracy" in processes[0].out and all(not process.out for process in processes[1:])
-        assert len(list(folder.glob("events*"))) == 1  # one process logs
+        assert len(list(folder.glob("events*"))) == 1  # only one process logs
     alone, first, second = seen(folders[1], 0), seen(folders[2], 0), seen(folders[2], 1)
 
-    # All processes have the same weights after every step; with ES, those of a single process.
+    # All processes have the same weights after every step. With ES, so does a single process.
     assert first["weights"] == second["weights"] and len(set(first["weights"])) >= 4
     if script.key == "es":
         assert first["weights"] == alone["weights"]
@@ -288,7 +289,7 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path, way):
         assert curves.keys() == other_curves.keys()
         for tag in curves:
             if not tag.startswith(("time/", "throughput/", "progress/seconds")):
-                rounding = 1e-5 if "sampler_gap" in tag else 1e-6  # that tag is nothing but rounding
+                rounding = 1e-5 if "sampler_gap" in tag else 1e-6  # this metric is pure rounding error
                 expected = pytest.approx([v for _, v in curves[tag][:2]], rel=1e-4, abs=rounding)
                 assert [v for _, v in other_curves[tag][:2]] == expected, tag
     # No problem is evaluated twice.
@@ -315,7 +316,7 @@ def test_signal_to_one_process_stops_all_after_the_same_step_and_two_resume_as_o
     assert len(seen(folder, 0)["weights"]) == len(seen(folder, 1)["weights"])
     assert [at for at, _ in scalars(folder)["reward/mean"]] == list(range(1, step + 1))
 
-    more = f"{script.num_steps}=30", "checkpoint_every=30"  # resumed in two processes, it is what one process makes
+    more = f"{script.num_steps}=30", "checkpoint_every=30"  # two resumed processes must match one process
     processes = start_processes(2, script, folder, *more)
     assert [process.wait() for process in processes] == [0, 0] and f"resuming after step {step}" in processes[0].out
     theirs = model_weights(script.train(tmp_path / "one" / "run", *more))
@@ -327,7 +328,7 @@ def test_signal_to_one_process_stops_all_after_the_same_step_and_two_resume_as_o
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_one_process_is_killed_the_others_end(tmp_path, script, victim):
     folder = tmp_path / "run"
-    # --multi_gpu: without it, accelerate starts one process on a CPU, whatever the number asked for.
+    # Without --multi_gpu, accelerate starts a single process on a CPU, whatever --num_processes is.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
     command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
     command += [f"{script.name}.py", *script.where(folder), f"{script.num_steps}=500", "lr_schedule=constant"]
@@ -348,7 +349,7 @@ def test_when_one_process_refuses_its_input_all_end(tmp_path, finished):
     folder = shutil.copytree(finished["es"], tmp_path / "run")
     processes = start_processes(2, SCRIPTS["es"], folder, "seed=1")
     assert all(process.wait(60) for process in processes)  # exit codes
-    assert "seed: 1, but that run was started with 0" in processes[0].err
+    assert "seed: 1: the run was started with 0" in processes[0].err
 
 
 # README
@@ -365,7 +366,7 @@ def blocks(title, language=""):
 
 @pytest.fixture
 def clone(tmp_path):
-    """A folder with all that a clone has, to run commands in."""
+    """Make a folder with the files of a clone, to run commands in."""
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.yml")]:
         shutil.copy(path, tmp_path)
     (tmp_path / "tiny_model").symlink_to(TINY)
@@ -403,7 +404,7 @@ def test_result_is_loaded_merged_sampled_from_and_trained_on_as_written(clone):
         run(f"{command} {' '.join(overrides)}", clone)
         if name == "grpo":
             kl = scalars(clone / "grpo_logs" / f"again{i}")["policy/kl_k3"]
-            assert kl[0] == (1, 0.0) and kl[-1][1] > 0  # the policy is its own reference at first
+            assert kl[0] == (1, 0.0) and kl[-1][1] > 0  # at first, the policy equals its reference
 
 
 def test_every_promise_names_a_test_that_exists():
@@ -440,7 +441,7 @@ def test_benchmark_for_a_gpu_runs_at_toy_size(tmp_path):
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--enable-unsafe-swiftshader"]
-# All visible text, web components included.
+# All visible text, including web components.
 VISIBLE_TEXT = """
     function text(node) {
         if (node.nodeType == Node.TEXT_NODE) return node.textContent;
@@ -485,7 +486,7 @@ def test_browser_shows_grouped_scalars_completions_as_text_and_hyperparameters(t
 
 def check_pages(browser, address, screenshots):
     def show(page, *expected):
-        """The text of a page, once all that is expected is in it."""
+        """Return the text of a page once it contains all expected words."""
         browser.get(f"{address}/#{page}")
         browser.refresh()
         limit, missing = time.monotonic() + 30, expected
@@ -513,4 +514,4 @@ def check_pages(browser, address, screenshots):
     assert browser.title == "TensorBoard"
 
     text = show("hparams", "learning_rate", "grpo/run", "es/run")
-    assert text.index("learning_rate") < text.index("antithetic")  # which only one of them has
+    assert text.index("learning_rate") < text.index("antithetic")  # shared keys come first

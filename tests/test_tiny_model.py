@@ -1,4 +1,4 @@
-"""The embedded model is what its card says."""
+"""Tests of the embedded model against its model card."""
 
 import math
 import random
@@ -58,8 +58,8 @@ def test_corpus_solutions_are_right_when_worked_and_wrong_when_sloppy(kind):
             right[style] += strict_correct(solution, answer)
             assert style != "untagged" or same_answer(solution.rpartition(" ")[2], answer)
     assert right["worked"] == len(drawn) > 100
-    assert right["blurt"] == right["untagged"] == 0  # without both tags nothing is strictly right
-    assert right["sloppy"] < len(drawn) / 10  # a slip now and then cancels out, as in 0*3
+    assert right["blurt"] == right["untagged"] == 0  # no answer is strictly correct without the tags
+    assert right["sloppy"] < len(drawn) / 10  # a few slips have no effect, as in 0*3
 
 
 def test_careless_expansions_are_wrong():
@@ -74,8 +74,8 @@ def test_base_model_can_what_it_mostly_does_not_show(capsys, num_problems):
     pretrain.measure(num_problems)
     texts = (pretrain.FOLDER / "README.md").read_text(encoding="utf-8"), capsys.readouterr().out
     card, measured = ([float(share) / 100 for share in re.findall(r"[\d.]+(?=%)", text)] for text in texts)
-    assert len(card) == len(measured) == 6  # strict and lenient of greedy decoding, pass@1 and pass@8
+    assert len(card) == len(measured) == 6  # strict and lenient, each for greedy decoding, pass@1 and pass@8
     assert card[0] < 0.6 < 0.82 < card[4]
-    for claim, share in zip(card, measured, strict=True):  # the card's are over 512 problems: fewer scatter around them
+    for claim, share in zip(card, measured, strict=True):  # the card's values are for 512 problems; fewer are noisier
         scatter = 3 * math.sqrt(claim * (1 - claim) / num_problems)
         assert share == pytest.approx(claim, abs=0.01 if num_problems == 512 else scatter)

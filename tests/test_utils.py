@@ -1,4 +1,4 @@
-"""Config files and the command line; models, prompts, scores, evaluation; the order of the data and schedules."""
+"""Tests of utils.py: config files, command line, models, prompts, scores, evaluation, data order, schedules."""
 
 import ast
 import datetime
@@ -54,7 +54,7 @@ def test_every_key_is_set_in_the_yaml_and_has_a_comment(path):
 @pytest.mark.parametrize("key", CLASSES)
 def test_yaml_and_class_agree_on_defaults_and_every_key_is_read(key):
     assert load_config(CLASSES[key], DEFAULTS[key]) == CLASSES[key]()
-    read = set()  # what is written as config.KEY, self.config.KEY or lora.KEY
+    read = set()  # keys that occur as config.KEY, self.config.KEY or lora.KEY
     for path in (ROOT / f"{key}_train.py", ROOT / "utils.py", ROOT / "runs.py"):
         attributes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)]
         read |= {f"{ast.unparse(node.value).removeprefix('self.')}.{node.attr}" for node in attributes}
@@ -74,7 +74,7 @@ def test_yaml_and_class_agree_on_defaults_and_every_key_is_read(key):
 def test_overrides_replace_keys_of_the_file_missing_keys_take_defaults_and_1e5_is_a_number(
     tmp_path, text, overrides, expected
 ):
-    (tmp_path / "config.yml").write_text(f"\ufeff{text}", encoding="utf-8")  # as some editors begin a file
+    (tmp_path / "config.yml").write_text(f"\ufeff{text}", encoding="utf-8")  # some editors write a byte order mark
     assert load_config(GRPOConfig, tmp_path / "config.yml", overrides) == GRPOConfig(**expected)
 
 
@@ -104,7 +104,7 @@ def test_bad_value_gets_one_line_with_source_key_value_and_expectation(tmp_path,
         message = re.escape(f"{name}: {value}: {expected}") + r"[^\n]*$"
         with pytest.raises(UserError, match=f"^command line: {message}"):
             load_config(config_class, DEFAULTS[key], [override])
-        for parent in name.split(".")[::-1]:  # the same value in a file: the file is named
+        for parent in name.split(".")[::-1]:  # the same value in a file: the error names the file
             value = {parent: value}
         file.write_text(yaml.safe_dump(value))
         with pytest.raises(UserError, match=f"^{re.escape(str(file))}: {message}"):
@@ -127,7 +127,7 @@ def test_bad_override_is_named(override):
 
 
 def refusal(config_class, path, content):
-    """The one line that a config file gets; None if it is loaded, with values that have their types."""
+    """Return the one-line error for a config file, or None if it loads with values that can be saved again."""
     path.write_bytes(content)
     try:
         config = load_config(config_class, path)
@@ -184,7 +184,7 @@ def test_folder_without_weights_or_with_missing_or_damaged_ones_is_named(tmp_pat
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, file, metadata={"format": "pt"})
     assert_refused("1 of its weights are missing, such as model.layers.1.mlp.up_proj.weight")
-    for content in (file.read_bytes()[:1000], b"version https://git-lfs.github.com/spec/v1\n"):  # cut off; a pointer
+    for content in (file.read_bytes()[:1000], b"version https://git-lfs.github.com/spec/v1\n"):  # truncated; Git LFS
         file.write_bytes(content)
         assert_refused()
     file.unlink()
@@ -205,14 +205,14 @@ def test_prompt_too_long_for_the_model_is_named():
     longest = max(len(problem.ids) for problem in set_up(1).train_set + set_up(1).test_set)
     room = 512 - longest
     set_up(room)
-    message = f"max_new_tokens: {room + 1}: a prompt of {longest} tokens, '.+', and .* exceed the model's 512 positions"
+    message = f"max_new_tokens: {room + 1}: a prompt of {longest} tokens, '.+', plus .* exceeds .* 512 positions"
     with pytest.raises(UserError, match=message):
         set_up(room + 1)
 
 
 REFUSES_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
 IGNORES_SYSTEM = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
-WRITES_TODAY = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"  # as Llama's templates do
+WRITES_TODAY = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"  # as in Llama's templates
 WRITES_THINK = "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
 PROMPTS = {  # by template and system prompt
     ("TINY", "Be brief."): "<|system|>Be brief.<|user|>2+2<|assistant|>",
@@ -220,7 +220,7 @@ PROMPTS = {  # by template and system prompt
     (None, ""): "User: 2+2\n\nAssistant:",
     (f"{REFUSES_SYSTEM}TINY", "Be brief."): "<|user|>Be brief.\n\n2+2<|assistant|>",
     (IGNORES_SYSTEM, "Be brief."): "Be brief.\n\n2+2",
-    (f"{WRITES_TODAY}TINY", ""): "26 Jul 2024<|user|>2+2<|assistant|>",  # a resumed run has the same prompts
+    (f"{WRITES_TODAY}TINY", ""): "26 Jul 2024<|user|>2+2<|assistant|>",  # a resumed run must have the same prompts
     (f"TINY{WRITES_THINK}", ""): "<|user|>2+2<|assistant|><think>\n",
 }
 
@@ -236,7 +236,7 @@ def test_prompts_follow_the_chat_template_or_plain_text(template, system_prompt)
 def test_chat_template_that_fails_is_named():
     tokenizer = load_tokenizer(TINY)
     tokenizer.chat_template = "{{ raise_exception('Upgrade the library') }}"
-    with pytest.raises(UserError, match="^model: its chat template cannot be used: Upgrade the library$"):
+    with pytest.raises(UserError, match="^model: its chat template fails: Upgrade the library$"):
         encode_prompts(tokenizer, [{"prompt": "2+2"}], "Be brief.")
 
 
@@ -244,7 +244,7 @@ def test_only_unusual_chat_templates_are_reported_once(tmp_path, capsys):
     utils.say_once.cache_clear()
     tokenizer = load_tokenizer(TINY)
     assert not capsys.readouterr().out
-    messages = {None: "has no chat template: ", WRITES_THINK: "the chat template begins every answer with <think>, "}
+    messages = {None: "has no chat template: ", WRITES_THINK: "the chat template starts every answer with <think>, "}
     for template, message in messages.items():
         tokenizer.chat_template = template
         tokenizer.save_pretrained(tmp_path)
@@ -270,7 +270,7 @@ def test_think_tag_that_the_template_writes_is_scored_with_the_completion():
 
 def test_evaluation_is_greedy_and_counts_strict_and_lenient():
     model, tokenizer = load_model(TINY, "float32", "cpu"), load_tokenizer(TINY)
-    wordings = ("Compute", "Evaluate", "Multiply out")  # the last two mostly without tags
+    wordings = ("Compute", "Evaluate", "Multiply out")  # the model mostly omits the tags for the last two
     items = [{"prompt": f"{w} {a}+4", "answer": str(a + 4)} for w in wordings for a in range(1, 7)]
 
     def metrics(batch_size, **changes):
@@ -296,7 +296,7 @@ def test_any_changed_bit_changes_the_fingerprint():
     assert len(set(map(utils.fingerprint, variants))) == len(variants)
 
 
-# The order of the data, random numbers and schedules
+# Data order, random numbers and schedules
 
 
 def test_every_epoch_holds_every_item_once_in_an_order_of_its_own():
@@ -338,7 +338,7 @@ def test_examples_are_earlier_turns_and_a_template_that_loses_text_is_named():
         tokenizer.chat_template = template.replace(
             "message['content']", f"(message['content'] if message['role'] != '{lost}' else '')"
         )
-        with pytest.raises(UserError, match=f"model: its chat template loses this text: '({text})'"):
+        with pytest.raises(UserError, match=f"model: its chat template drops this text: '({text})'"):
             encode_prompts(tokenizer, [{"prompt": "2+2"}], "Be brief.", examples)
 
 
@@ -360,7 +360,7 @@ def test_token_that_ends_a_turn_stops_a_row_and_odd_special_tokens_are_named_or_
     def folder(**tokens):
         shutil.copytree(TINY, tmp_path / "model", dirs_exist_ok=True)
         tokenizer = AutoTokenizer.from_pretrained(TINY)
-        tokenizer.add_tokens([f"<|{i}|>" for i in range(100)])  # more than the model has embeddings for
+        tokenizer.add_tokens([f"<|{i}|>" for i in range(100)])  # more tokens than the model has embeddings
         tokenizer.add_special_tokens(tokens)
         tokenizer.save_pretrained(tmp_path / "model")
         GenerationConfig(eos_token_id=tokenizer.eos_token_id).save_pretrained(tmp_path / "model")
@@ -370,11 +370,11 @@ def test_token_that_ends_a_turn_stops_a_row_and_odd_special_tokens_are_named_or_
     setup = set_up(folder(eos_token="<|user|>"), "float32")
     assert end in setup.settings.stop_ids and len(setup.settings.stop_ids) == 2
     config = folder(pad_token="<|beyond|>")
-    set_up(config, "float32")  # no prompt is padded with it
-    with pytest.raises(UserError, match=r"its tokenizer's token '<\|beyond\|>', \d+, is beyond its \d+ embeddings"):
+    set_up(config, "float32")  # prompts are never padded with it
+    with pytest.raises(UserError, match=r"token '<\|beyond\|>' \(\d+\) of its tokenizer exceeds its \d+ embeddings"):
         set_up(config.model_copy(update={"system_prompt": "<|beyond|>"}), "float32")
     monkeypatch.setattr(utils, "stop_ids", lambda model, tokenizer: [])
-    with pytest.raises(UserError, match="neither its tokenizer nor its generation config names an end token"):
+    with pytest.raises(UserError, match="neither its tokenizer nor its generation config has an end token"):
         set_up(config, "float32")
 
 
@@ -412,7 +412,7 @@ def test_model_without_sdpa_decodes_with_eager_attention(tmp_path, capsys, monke
     monkeypatch.setattr(transformers.LlamaForCausalLM, "_supports_sdpa", False)
     getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(tmp_path)
     model = load_model(str(tmp_path), "float32", "cpu")
-    assert f"{name}ForCausalLM has no SDPA attention: eager attention is used" in capsys.readouterr().out
+    assert f"{name}ForCausalLM does not support SDPA attention: using eager attention" in capsys.readouterr().out
     prompts = random_prompts([3, 9])
     completions = generate(model, prompts, settings(8, [1]))
     for prompt, tokens, mask, log_probs in zip(
