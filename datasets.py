@@ -93,8 +93,11 @@ def polynomial_text(coefficients):
 
 
 def random_product(rng, max_coefficient):
-    """Return (left, right, tail) of left * right + tail. It is the product of two linear polynomials, or a number or x
-    times a linear polynomial, plus a monomial or nothing ([])."""
+    """Return (left, right, tail) of left * right + tail.
+
+    Either multiply two linear polynomials, with an empty tail, or multiply a number or x by a linear polynomial and
+    optionally add a monomial as the tail.
+    """
     signed = [c for c in range(-max_coefficient, max_coefficient + 1) if c]
 
     def linear():
@@ -137,8 +140,8 @@ class MathExprDataset(Problems):
     kinds: the kinds to draw from, in equal shares
     max_operators: evaluate: the most operators (+ - *) in an expression
     max_integer: evaluate: the largest operand; the smallest is 0
-    max_value: evaluate: the largest absolute intermediate value
-    max_coefficient: expand: the largest absolute coefficient
+    max_value: evaluate: the largest absolute value of an operation's result
+    max_coefficient: expand: the largest absolute coefficient in the problem; the answer's may be larger
     """
 
     WORDINGS = {
@@ -259,11 +262,11 @@ class JSONLDataset(Problems):
         if not test_path.is_file():
             self.items = [item for i, item in enumerate(self.items) if (i % 10 == 9) == (split == "test")]
         if not self.items:
-            raise UserError(f"{file} has no {split} problems; without {test_path.name}, each tenth line is one")
+            raise UserError(f"{file} has no {split} problems; without {test_path.name}, every tenth line is held out")
 
 
 def read_jsonl(file):
-    """Yield (line number, object) for each nonblank line of the file. UserError names a bad line."""
+    """Yield (line number, object) for each nonblank line of the file. Raise UserError that names a bad line."""
     if not Path(file).is_file():
         raise UserError(f"dataset: {file} does not exist")
     for number, line in enumerate(Path(file).read_bytes().splitlines(), start=1):
@@ -283,9 +286,9 @@ DATASETS = {"math_expr": MathExprDataset, "gsm8k": GSM8KDataset}
 
 
 def make_dataset(name, split, arguments):
-    """Create the dataset `name` in DATASETS, or of a path to a .jsonl file, with the config's `arguments`.
+    """Create a dataset from a name in DATASETS or the path of a .jsonl file. arguments: the config's dataset_args
 
-    pydantic.ValidationError for arguments that the dataset does not have.
+    Raise pydantic.ValidationError for unknown or invalid arguments.
     """
     if name in DATASETS:
         return DATASETS[name](split=split, **arguments)

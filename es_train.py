@@ -1,16 +1,16 @@
-"""ES: evolution strategies on all parameters of a language model with verifiable rewards, by forward passes only.
+"""ES: evolution strategies on all parameters of a language model, with verifiable rewards and forward passes only.
 
 Qiu et al. 2025, "Evolution Strategies at Scale", arXiv:2509.24372, algorithm 2, after Salimans et al. 2017,
 arXiv:1703.03864. In every step, each of N population members perturbs the weights theta and answers the same prompts
 greedily. Its mean reward R_n measures how good its noise is:
 
-    R_n   = mean reward of the model with weights theta + noise_scale * noise_n       noise_n ~ N(0, 1)
+    R_n   = mean reward of the model with weights theta + noise_scale * noise_n       noise_n ~ N(0, I)
     z_n   = (R_n - mean(R)) / std(R)
     theta = theta + learning_rate / N * sum_n z_n noise_n
 
 `perturbation: gaussian` is the paper's method, one member after another. With `perturbation: low_rank` (Sarkar et al.
-2025, "EGGROLL", arXiv:2511.16652), the noise of a matrix is A B^T / sqrt(rank), and all members decode in one batch:
-each row passes through W as usual, and also through A and B of its own member.
+2025, "EGGROLL", arXiv:2511.16652), the noise of a matrix is A B^T / sqrt(rank), and `population_batch` members decode
+in one batch: each row passes through W as usual, and also through A and B of its own member.
 
 Departures from the papers:
 - theta is kept in fp32, and the model's weights are rounded from it: for each member with `gaussian`, once per step
@@ -29,7 +29,7 @@ Both modes perturb linear weights, embeddings (once if the head is tied), biases
     python es_train.py perturbation=gaussian antithetic=true
     accelerate launch --num_processes 2 es_train.py      (on a CPU: torchrun --nproc_per_node 2 es_train.py)
 
-Where to change what: the fitness of members in `z_scores`; the distribution of the noise in `draw`; its structure in
+Where to make changes: the fitness of members in `z_scores`; the distribution of the noise in `draw`; its structure in
 `noise_shapes`, `weighted_noise` and `Population`; the update in `update_master`; metrics and the loop in `train`.
 Elsewhere: decoding (generation.py), rewards (reward.py), checkpoints and logs (runs.py).
 
@@ -75,7 +75,7 @@ class ESConfig(utils.RunConfig):
     @model_validator(mode="after")
     def pairs_are_whole(self):
         if self.antithetic and self.population_size % 2:
-            raise ValueError(f"population_size: {self.population_size}: should be even: antithetic members are pairs")
+            raise ValueError(f"population_size: {self.population_size}: should be even: antithetic members form pairs")
         return self
 
     @property
@@ -87,7 +87,7 @@ class ESConfig(utils.RunConfig):
 
 
 def z_scores(rewards):
-    """Return z-scores (std over N) of the members' mean rewards, (N,), float64. ValueError for non-finite rewards.
+    """Return z-scores (std over N) of the members' mean rewards, (N,), float64. Raise ValueError if not finite.
 
     Equal rewards give exactly 0. Compare them instead of adding an epsilon: rounding can leave a tiny nonzero std, and
     thus large scores.
@@ -108,7 +108,8 @@ def noise_of_member(member, antithetic):
 def noise_shapes(parameters, perturbation, rank):
     """Return the shape of the noise to draw for each of {name: parameter}.
 
-    It is the parameter's own shape, but for a matrix (out, in) with low_rank that of A (out, r) and B (in, r), stacked.
+    It is the parameter's own shape, except for a matrix (out, in) with low_rank: (out + in, r), which stacks the
+    factors A (out, r) and B (in, r).
     """
     return {
         name: (sum(p.shape), rank) if perturbation == "low_rank" and p.ndim == 2 else tuple(p.shape)
@@ -117,7 +118,7 @@ def noise_shapes(parameters, perturbation, rank):
 
 
 def noise_generators(seed, iteration, noises, num_noises, device):
-    """Return a generator for each of the given noises of an iteration, to draw one parameter after another from."""
+    """Return a generator for each of the given noises of an iteration. Each draws all parameters, in order."""
     return [utils.seeded_generator(seed, "noise", iteration * num_noises + noise, device) for noise in noises]
 
 
@@ -168,7 +169,7 @@ def write_member(model, master, noise_scale, generator):
 
 
 def check_low_rank(model, rank):
-    """Raise UserError if Population has no hook for a module with parameters, or if the rank exceeds a matrix."""
+    """Raise UserError if Population has no hook for a module with parameters, or if the rank exceeds a matrix's."""
     for path, module in model.named_modules():
         kind, has_weights = type(module).__name__, any(True for _ in module.parameters(recurse=False))
         # Match exact types, since a subclass may do more: Gemma's embedding scales its output.
@@ -176,7 +177,7 @@ def check_low_rank(model, rank):
             raise UserError(f"perturbation: low_rank cannot perturb {path}, a {kind}; gaussian can")
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and rank > min(parameter.shape):
-            raise UserError(f"rank: {rank}: {name}, {tuple(parameter.shape)}, has a lower rank")
+            raise UserError(f"rank: {rank}: exceeds the rank of {name}, {tuple(parameter.shape)}")
 
 
 def add_product(y, h, A):
@@ -190,7 +191,7 @@ def add_product(y, h, A):
 class Population:
     """M members in one batch: inside `with`, the model computes each row with the weights of its own member.
 
-    The model's weights do not change. Forward hooks add the contribution of the noise:
+    No weight is overwritten. Forward hooks add the contribution of the noise:
 
         Linear      (x B) A^T + b                 A B^T: the noise of the weight, b: that of the bias
         Embedding   A[id] B^T                     a tied head has the same A and B
@@ -218,7 +219,7 @@ class Population:
                 self.noise[parameter] = noise * scales[:, None]
 
     def __enter__(self):
-        """Register the hooks. Returns the `on_rows` callback for `generate`."""
+        """Register the hooks. Return the `on_rows` callback for `generate`."""
         for module in self.model.modules():
             if isinstance(module, nn.Linear):
                 self.handles.append(module.register_forward_hook(self._add_to_linear))
@@ -241,7 +242,7 @@ class Population:
         self.selected = {}  # by module: its noise for these rows, gathered once and not in every step
 
     def _of_rows(self, noise):
-        """Return noise (M, ...) as it is if the batch has all rows of all members, else one entry per row (R, ...)."""
+        """Return noise (M, ...) unchanged if the batch has all rows of all members, else one entry per row (R, ...)."""
         return noise if len(self.members) == self.num_members * self.rows_per_member else noise[self.members]
 
     def _add_to_linear(self, module, inputs, output):
@@ -292,7 +293,7 @@ def rollout(setup, master, shapes, problems, members, noise_scale, step, config)
 def update(master, shapes, step, z, learning_rate, config):
     """Update the master weights for one step, in training and when the journal is replayed.
 
-    It must depend only on what the journal records. If all z are 0, it changes nothing.
+    It must depend only on the config and on what the journal records. If all z are 0, it changes nothing.
     """
     if any(z):
         K, device = config.num_noises, next(iter(master.values())).device
@@ -310,8 +311,10 @@ def save_progress(path, setup, master):
 
 @torch.no_grad()
 def load_progress(path, states, setup, master, shapes, config):
-    """Restore the weights that `save_progress` wrote, or keep the base model's if `path` is None. Then replay the
-    updates of `states`, the journal's lines after that checkpoint. The result is bit-identical."""
+    """Restore the weights that `save_progress` wrote, then replay the updates of `states`, bit for bit.
+
+    path: None to start from the base model's weights; states: the journal's lines after that checkpoint
+    """
     if path:
         utils.load_weights(path / "model", master)
     for state in states:  # state["step"] counts finished steps, and `run.steps` starts at 0

@@ -42,10 +42,10 @@ def new_cache(network):
 
 
 def shares_prompts(network):
-    """Return True if `completion_log_probs` computes a prompt once for all of its rows.
+    """Return True if `completion_log_probs` can compute a prompt once for all of its rows.
 
-    It cannot with gradient checkpointing, which transformers disables when there is a cache, nor with sliding windows,
-    which count padding.
+    It cannot with gradient checkpointing, because transformers then drops the cache, nor with sliding windows, because
+    they count padding.
     """
     checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
     return not checkpoints and new_cache(network)[1]
@@ -79,7 +79,7 @@ class PreallocatedLayer(DynamicLayer):
         if not hasattr(self, "buffers"):
             return super().update(key_states, value_states, *args, **kwargs)
         for buffer, x in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer.index_copy_(2, self.cursor.slot, x.to(buffer.dtype))  # under autocast, prefill promotes values
+            buffer.index_copy_(2, self.cursor.slot, x.to(buffer.dtype))  # under autocast, rotary keys can be fp32
         self.keys, self.values = (buffer[:, :, : self.cursor.end] for buffer in self.buffers)
         return self.keys, self.values
 
@@ -99,18 +99,18 @@ LENGTH_BUCKET = 128  # a captured step reads the cache up to a multiple of this 
 
 
 def sample(logits, uniforms, temperature):
-    """Draw one token per row by inverting the cumulative distribution at `uniforms`, or take the likeliest if None.
+    """Draw one token per row by inverting the cumulative distribution at `uniforms`, or the most likely one if None.
 
     logits: (B, V), any float dtype; uniforms: (B,) in [0, 1)
-    Returns tokens (B,) and their fp32 log-probs (B,) under softmax(logits / temperature).
+    Return tokens (B,) and their fp32 log-probs (B,) under softmax(logits / temperature).
     """
     probs = (logits.float() / temperature).softmax(-1)
     if uniforms is None:
         tokens = logits.argmax(-1, keepdim=True)
     else:
         cdf = probs.cumsum(-1)
-        # right=True finds the first token whose cdf exceeds the draw, so never one with probability 0. Scaling by the
-        # last entry compensates for rounding in the sum.
+        # right=True finds the first token whose cdf exceeds the draw, which skips tokens with probability 0. Scaling by
+        # the last entry compensates for rounding in the sum.
         draws = uniforms[:, None] * cdf[:, -1:]
         tokens = torch.searchsorted(cdf, draws, right=True).clamp(max=logits.shape[1] - 1)
     smallest = torch.finfo(probs.dtype).tiny  # in rare cases, rounding in the sum selects a token with probability 0
@@ -119,12 +119,12 @@ def sample(logits, uniforms, temperature):
 
 @dataclasses.dataclass
 class DecodeSettings:
-    """Settings of all generation in a run. Nothing else affects the sampled distribution."""
+    """Settings of all generation in a run. The model's generation_config only adds end tokens, see `utils.stop_ids`."""
 
     max_new_tokens: int
     stop_ids: list[int]  # tokens that end a completion
     temperature: float = 1.0  # for sampling; without `uniforms`, decoding is greedy
-    batch_size: int = 256  # completions decoded at once, but at least one prompt's or one block's
+    batch_size: int = 256  # completions decoded at once, at least those of one prompt or block
     cuda_graphs: bool = True  # on a GPU, replay decode steps from a CUDA graph
 
 
@@ -132,11 +132,11 @@ def generate(model, prompts, settings, num_samples=1, uniforms=None, on_rows=Non
     """Generate `num_samples` completions per prompt, sampled with `uniforms`, or greedily if it is None.
 
     prompts: P lists of token ids
-    uniforms: (P * num_samples, max_new_tokens) in [0, 1), one number per token. A row's tokens depend only on its
-        prompt and its numbers, not on the other rows of the batch
+    uniforms: (P * num_samples, max_new_tokens) in [0, 1), one number per token. Up to rounding, a row's tokens depend
+        only on its prompt and its numbers, not on the other rows of the batch
     on_rows: called with the prompt index of each row in the batch, (rows,), whenever the rows change, so that forward
         hooks can tell rows apart. It requires block_size, the number of consecutive prompts that hooks treat alike
-    The common prefix of a block's prompts is computed once. Returns Completions on the model's device.
+    The common prefix of a batch's prompts is computed once per block. Return Completions on the model's device.
     """
     assert num_samples == 1 or uniforms is not None, "greedy completions of a prompt are identical"
     assert on_rows is None or block_size, "on_rows needs block_size: blocks must not share computation"
@@ -163,7 +163,7 @@ def generate(model, prompts, settings, num_samples=1, uniforms=None, on_rows=Non
 def _lay_out(prompts, shared, max_new_tokens):
     """Assign cache slots: the `shared` prefix of all prompts, padding, the rest of the prompt, the completion.
 
-    Returns prompt ids (P, L), padded to the longest, and attention_mask (P, S). The number of slots S is a multiple of
+    Return prompt ids (P, L), padded to the longest, and attention_mask (P, S). The number of slots S is a multiple of
     8, since GPUs would otherwise pad the mask in every layer.
     """
     longest = max(map(len, prompts))
@@ -199,7 +199,7 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
         return model(input_ids=ids, attention_mask=mask, position_ids=positions, **options).logits[:, -1]
 
     # Prefill the shared prefix once per block and the rest of each prompt once. Then repeat the cache for the samples.
-    # logits_to_keep is a tensor, since 1 selects a non-contiguous slice, with which lm_head is far slower.
+    # logits_to_keep is a tensor, since the integer 1 selects a non-contiguous slice, on which lm_head is slow.
     prompt_of_row, last = torch.arange(P, device=device), torch.tensor([-1], device=device)
     if shared:
         firsts = prompt_of_row[::block_size]
@@ -260,10 +260,10 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
 
 
 class GraphedStep:
-    """Run a decode step, on a GPU from a CUDA graph, which avoids the launch overhead of each kernel.
+    """Run a decode step. On a GPU, replay it from a CUDA graph, which avoids the launch overhead of each kernel.
 
     Call `reset` when shapes change. The first call after it runs eagerly, so that hooks and libraries can initialize;
-    the second captures a graph. Unless `enabled`, every call runs eagerly.
+    the second captures a graph, and later calls replay it. Unless `enabled`, every call runs eagerly.
     """
 
     def __init__(self, step, enabled):

@@ -11,7 +11,7 @@ Then make K updates that raise the probability of good completions' tokens, with
     loss_t  = -min(ratio_t A, clip(ratio_t, 1 - clip_low, 1 + clip_high) A) + kl_weight * KL_t(pi || pi_ref)
 
 Departures from the paper:
-- The reference is the starting model (adapter off); the paper replaces it periodically. By default, kl_weight is 0.
+- The reference is always the starting model; the paper replaces it periodically. By default, kl_weight is 0.
 - loss_t is averaged over all completion tokens of the step (`loss_normalization: token`, DAPO, arXiv:2503.14476), not
   within each completion first (`sequence`). `constant` is Dr. GRPO, arXiv:2503.20783.
 - pi_old comes from the first training pass, not from the sampler, so ratio_t is exactly 1 in the first update.
@@ -22,9 +22,10 @@ Departures from the paper:
     python grpo_train.py learning_rate=2e-5 group_size=16 lora.rank=32
     accelerate launch --num_processes 2 grpo_train.py      (on a CPU: torchrun --nproc_per_node 2 grpo_train.py)
 
-Where to change what: the advantage in `group_advantages`; the loss in `policy_loss` and `token_weights`, combined in
-`micro_batch_loss`; the trained parameters in `make_policy`; metrics in `train` (per token: TOKEN_METRICS); the loop in
-`train`. Elsewhere: sampling and log-probs (generation.py), rewards (reward.py), checkpoints and logs (runs.py).
+Where to make changes: the advantage in `group_advantages`; the loss in `policy_loss` and `token_weights`, combined in
+`micro_batch_loss`; the trained parameters in `make_policy`; the loop and metrics in `train`, per-token metrics in
+`micro_batch_loss` and TOKEN_METRICS. Elsewhere: sampling and log-probs (generation.py), rewards (reward.py),
+checkpoints and logs (runs.py).
 
 Shapes: P prompts, G completions per prompt, B = P * G rows, b rows in a micro-batch, T tokens.
 """
@@ -118,11 +119,11 @@ def group_advantages(rewards, scale):
 
 
 def token_weights(lengths, normalization, max_new_tokens):
-    """Return the weight of each token of a row, (B,). The step's loss is the weighted sum over all tokens.
+    """Return the loss weight of every token in each row, (B,). The step's loss is the weighted sum over all tokens.
 
-    lengths: (B,) completion tokens of all rows of all processes, 0 for a row that is excluded from the loss
+    lengths: (B,) number of completion tokens in each row of all processes, 0 for a row that is excluded from the loss
     normalization: "token" is the mean over tokens, "sequence" the mean over rows of the mean over their tokens,
-        "constant" the sum over B * max_new_tokens
+        "constant" the sum divided by B * max_new_tokens
     """
     kept = (lengths > 0).float()
     if normalization == "token":
@@ -157,7 +158,7 @@ def kl_estimate(log_probs, ref_log_probs):
 def make_policy(model, lora, gradient_checkpointing):
     """Return the model with gradients enabled for a LoRA adapter, or for all parameters if `lora` is None.
 
-    A model that was loaded with an adapter continues to train it. A frozen copy of it becomes the reference policy.
+    If the model was loaded with an adapter, train that adapter. A frozen copy of the adapter is the reference policy.
     """
     linear = (torch.nn.Linear, Conv1D)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, linear) and ".lora_" not in name}
@@ -193,8 +194,8 @@ def make_policy(model, lora, gradient_checkpointing):
 def merged_adapter(model):
     """Merge the adapter into the weights for sampling: the same policy in far fewer operations.
 
-    Only on CPUs, where each operation has a noticeable cost, and in fp32, since rounding the sum to bf16 would change
-    the policy. PEFT cannot merge every adapter with biases, so those stay separate.
+    Do so only on CPUs, where each operation has a noticeable cost, and only in fp32, since rounding the sum to bf16
+    would change the policy. Adapters with `lora_bias` are not merged, because PEFT cannot merge all of them.
     """
     is_fp32_on_cpu = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
     if not is_fp32_on_cpu or not isinstance(model, PeftModel) or model.peft_config["default"].lora_bias:
@@ -228,7 +229,7 @@ def reference_policy(model, frozen_copy):
 
 @contextlib.contextmanager
 def checkpointed_layers(model):
-    """Put layers with gradient checkpointing into train mode, without which transformers does not recompute them."""
+    """Put checkpointed layers, not their submodules, into train mode: transformers recomputes no layer in eval mode."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
         layer.training = layer.gradient_checkpointing
@@ -261,10 +262,10 @@ class MicroBatch:
 def make_micro_batches(prompts, completions, advantages, weights, token_budget, shares_prompts):
     """Pack the rows of nonzero weight into micro-batches of whole groups, so that each prompt is computed once.
 
-    Rows of similar length are packed instead where that computes fewer positions, as with short prompts and completions
-    of very different lengths. A micro-batch computes at most about `token_budget` positions, padding included. If the
-    model `shares_prompts`, these are the common prefix of its prompts, the rest of each prompt, and the completions. A
-    group that exceeds the budget is split into rows.
+    Pack single rows of similar length instead if that computes fewer positions, as with short prompts and completions
+    of very different lengths. A micro-batch computes about `token_budget` positions at most, padding included. If the
+    model `shares_prompts`, it computes the common prefix of all prompts, the rest of each prompt, and the completions.
+    A group that exceeds the budget is split into rows; a single row may exceed it.
     prompts: P lists of token ids; completions: P * G rows; advantages, weights: (P * G,)
     """
     G, lengths = len(weights) // len(prompts), completions.mask.sum(1).tolist()
@@ -310,7 +311,7 @@ def make_micro_batches(prompts, completions, advantages, weights, token_budget, 
     return micro_batches
 
 
-# Logged by `micro_batch_loss`. The list is fixed, since all processes must summarize the same names in the same order.
+# Returned by `micro_batch_loss`. The list is fixed: all processes must summarize the same names in the same order.
 TOKEN_METRICS = ("ratio", "kl_old", "kl_k1", "kl_k3", "clip_low", "clip_high", "entropy", "sampler_gap")
 EXTREMES = ("ratio", "sampler_gap")  # the minimum and maximum of these are logged, too
 
@@ -354,8 +355,8 @@ def update(policy, optimizer, micro_batches, config, frozen_copy, accelerator, v
     """Take one optimizer step on the gradient of the whole step's loss, summed over micro-batches and processes.
 
     values: {name in TOKEN_METRICS: list of (n,)}, extended by the metrics of this update
-    Return the loss and its KL term (2,), the gradient norm, and None, or the reason if no step was taken because one of
-    them is not finite.
+    Return the loss and its KL term (2,), the gradient norm, and a failure: None, or a message if one of these is not
+    finite and no step was taken.
     """
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     losses = torch.zeros(2, device=accelerator.device)
@@ -409,7 +410,7 @@ def train(config, setup, run, optimizer, frozen_copy=None):
     P, G, K = config.prompts_per_step, config.group_size, config.updates_per_step
     mine = share(P, accelerator)  # the slice of the prompts that this process completes
     for step in run.steps():
-        # 1. Sample P prompts, and G completions of each from the current policy. Each process takes its share.
+        # 1. Draw P prompts, and sample G completions of each from the current policy. Each process takes its share.
         with run.phase("rollout"):
             problems = draw_problems(setup.train_set, step, P, config.seed)[mine]
             generator = utils.seeded_generator(config.seed, "rollout", step)
@@ -433,7 +434,7 @@ def train(config, setup, run, optimizer, frozen_copy=None):
         if config.kl_weight == 0:  # zero-advantage completions contribute no gradient: skip their forward pass
             loss_weights = torch.where(advantages == 0, 0.0, loss_weights)
 
-        # 4. Take K clipped policy-gradient updates. The first records pi_old. `losses` keeps those of the last.
+        # 4. Take K clipped policy-gradient updates. The first records pi_old. Log the last one's losses.
         factor = schedule_factor(config.lr_schedule, step, config.num_steps, config.warmup_steps)
         learning_rate = optimizer.param_groups[0]["lr"] = config.learning_rate * factor
         losses, grad_norm, values = torch.zeros(2), 0.0, {name: [] for name in TOKEN_METRICS}

@@ -1,7 +1,7 @@
 """Reward functions: compare completions with reference answers, both text, and return numbers in [0, 1].
 
 Completions are untrusted input. Nothing in them is executed, sizes are bounded before any arithmetic, and anything that
-cannot be parsed as an answer is wrong. A bug in a reward function, on the other hand, stops the run.
+cannot be parsed as an answer is wrong. An exception in a reward function, in contrast, stops the run.
 
 A reward function has the signature of TRL's GRPOTrainer, `f(completions, answer, **columns) -> list[float]`. It gets
 every column of the dataset as a list with one entry per completion, and the prompts as `prompts`, in plain text. It may
@@ -23,8 +23,8 @@ class UserError(Exception):
 
 
 MAX_ANSWER_CHARS = 200  # longer answers are wrong
-MAX_TEXT_CHARS = 200_000  # longer completions are wrong
-MAX_TAIL_CHARS = 1_000  # search for the last value in this many characters
+MAX_TEXT_CHARS = 200_000  # longer completions fail the format; lenient scoring reads their end
+MAX_TAIL_CHARS = 1_000  # search this many characters at the end for the last value
 MAX_POWER = 1_000
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -34,7 +34,7 @@ _FORMAT = re.compile(r"\s*<think>.*</think>\s*<answer>(.*)</answer>\s*", re.DOTA
 def strict_answer(text):
     """Return the answer in a text of the format "<think>…</think><answer>…</answer>", or None for any other text.
 
-    Each tag must occur exactly once, in this order, with only white space before, between and after the blocks.
+    Each tag must occur exactly once, in this order, with only whitespace before, between and after the blocks.
     """
     if len(text) > MAX_TEXT_CHARS or any(text.count(tag) != 1 for tag in TAGS):
         return None
@@ -44,7 +44,7 @@ def strict_answer(text):
 
 # --- Values: the notation of numbers and polynomials ------------------------------------------------------------------
 
-# LaTeX and Unicode to plain characters. No pattern can backtrack: each repeats a single character class.
+# LaTeX and Unicode to plain characters. Backtracking is bounded: each pattern repeats only character classes.
 _SPELLINGS = [
     (re.compile("[−–‐‑]"), "-"),
     (re.compile(r"\\(?:left|right|displaystyle|[,!;: ])|\\(?=[$%])"), ""),
@@ -109,7 +109,7 @@ _MIXED = re.compile(r"(-?)([0-9]+) +([0-9]+)/([0-9]+)")
 
 
 def parse_value(text):
-    """Parse a number or an expanded polynomial in x as {power: coefficient}, exact and without zeros, else None.
+    """Parse a number or an expanded polynomial in x as exact {power: nonzero coefficient}. Return None otherwise.
 
     Numbers are integers, decimals, fractions, mixed numbers and 1.5e3. Commas may separate thousands, and "$" and "%"
     are units: "75%" is 75. A polynomial is a sum in which each power occurs once, as in "x^2-2x+1" or "x**2 - 2*x + 1".
@@ -123,7 +123,7 @@ def parse_value(text):
     if mixed and int(mixed[3]) < int(mixed[4]):
         value = int(mixed[2]) + Fraction(int(mixed[3]), int(mixed[4]))
         return {0: -value if mixed[1] else value} if value else {}
-    text = re.sub(r"\s*([-+*^])\s*", r"\1", text)  # ignore white space around operators; "1 2" is not 12
+    text = re.sub(r"\s*([-+*^])\s*", r"\1", text)  # ignore whitespace around operators; "1 2" is not 12
     coefficients, position = {}, 0
     while position < len(text) or not coefficients:
         term = _TERM.match(text, position)
@@ -185,8 +185,8 @@ def values_in(text):
 def lenient_answer(text):
     """Return the value that a person would read as the final answer, as text, or None.
 
-    Look in the last answer tag, else in the last \\boxed{}, else after the last "####", "answer is" or "Answer:", else
-    take the last value of the text.
+    Look in the last answer tag, else in the last \\boxed{}, else after the last "####", else after the last "answer is"
+    or "Answer:". Without any of these, or without a value after a marker, take the last value of the text.
     """
     text = text[-MAX_TEXT_CHARS:]
     start, end = text.rfind("<answer>"), text.rfind("</answer>")
@@ -241,7 +241,7 @@ def strict_correct(text, reference):
 
 
 def lenient_correct(text, reference):
-    """Return True also for a strictly correct text, whose answer may be a word."""
+    """Return True for a correct final answer in any format, and for every strictly correct text."""
     return strict_correct(text, reference) or same_answer(lenient_answer(text), reference)
 
 
@@ -256,7 +256,7 @@ def format_reward(completions, **columns):
 
 
 def lenient_accuracy_reward(completions, answer, **columns):
-    """1.0 for each completion whose final answer, in whatever format, equals the reference, else 0.0."""
+    """1.0 for each completion whose final answer, in any format, equals the reference, else 0.0."""
     return [float(lenient_correct(text, reference)) for text, reference in zip(completions, answer, strict=True)]
 
 
@@ -274,7 +274,7 @@ REWARDS = {
 
 
 def find_reward(name):
-    """Return the function for a name in REWARDS or "my_module:my_function". An error in the module is raised."""
+    """Return the function for a name in REWARDS or "my_module:my_function". Errors inside the module propagate."""
     if name in REWARDS:
         return REWARDS[name]
     module_name, _, function_name = name.partition(":")
@@ -298,7 +298,7 @@ def score(weights, completions, items):
     """Score completions with the reward functions of the config.
 
     weights: {name: weight}; completions: B texts; items: B dataset items, one per completion
-    Returns B dicts: "reward" is the weighted sum, "reward/<name>" the unweighted value of each function;
+    Return B dicts: "reward" is the weighted sum, "reward/<name>" the unweighted value of each function;
     "accuracy/strict", "accuracy/lenient" and "accuracy/format" are always present. Values may be non-finite.
     """
     columns = {key: [item[key] for item in items] for key in items[0] if key != "prompt"}

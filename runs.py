@@ -1,7 +1,7 @@
-"""Everything about a training run that is not the algorithm: `for step in run.steps()` trains, Run does the rest.
+"""Everything about a training run except the algorithm: the loop over `run.steps()` trains; Run does the rest.
 
     Run           evaluates, logs and saves when due; stops on a signal; resumes; synchronizes processes
-    folder        log_dir/run_name/{config.yml, identity.json, checkpoints/, model/, TensorBoard events}
+    folder        log_dir/run_name/{config.yml, identity.json, journal.jsonl (ES), checkpoints/, model/, events}
     checkpoints   written atomically, with a checksum per file; damaged ones are reported and skipped
 To add a metric, add it to `metrics` in a script's train(). Elsewhere: the content of a checkpoint (`save_progress` in
 each script), evaluation (utils.evaluate), the algorithms.
@@ -39,7 +39,7 @@ FREE_KEYS |= {"generation_batch_size", "population_batch", "eval_every", "checkp
 FREE_KEYS |= {"max_skipped_steps", "log_dir", "run_name", "resume"}
 
 BAR = "{desc:8} {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"  # fits into 80 columns
-STEPS_FOR_A_SIGNAL = 3  # report if all rewards tie in this many steps from the start
+STEPS_FOR_A_SIGNAL = 3  # warn if none of this many steps from the start has a learning signal
 SECONDS_BETWEEN_LINES = 30  # without a terminal for the progress bar
 
 
@@ -84,8 +84,8 @@ class Run:
     def _open_tensorboard(self):
         """Open the event files. Purge what was logged after the state to resume from.
 
-        A second TensorBoard run, `by_tokens`, has accuracy over cost: its steps are thousands of generated tokens, and
-        its clock is seconds of training.
+        A second TensorBoard run, `by_tokens`, plots accuracy against cost: its steps are thousands of generated tokens,
+        and its clock is seconds of training.
         """
 
         def print_unless_writer(args):  # a full disk raises here and again in `flush`: once is enough
@@ -115,8 +115,11 @@ class Run:
             print(f"resuming after step {self.state['step']}")
 
     def steps(self):
-        """Yield the remaining steps. After each, evaluate, write the journal and save when due. At the end, print the
-        result; after a signal, save and print the command that resumes."""
+        """Yield the remaining steps. After each one, evaluate, write the journal and save when due.
+
+        At the end, save the trained model and print the result. After a signal, save a checkpoint and print the command
+        that resumes the run.
+        """
         if not self.state:
             self.state = {"step": 0, "seconds": 0.0, "generated_tokens": 0, "skipped_steps": 0, "skipped_in_a_row": 0}
             self.state["steps_without_signal"] = 0
@@ -153,8 +156,8 @@ class Run:
     def log(self, step, scores, metrics, skipped=None, no_signal=False, **record):
         """Log a finished step: `metrics`, and metrics of its completions.
 
-        scores: {name: (B,)}; skipped: the reason if the update was skipped, else None; no_signal: True if all rewards
-        tied; record: JSON values to keep in the state
+        scores: {name: (B,)}; skipped: the reason if the update was skipped, else None; no_signal: True if the rewards
+        tied in every group or in the population; record: JSON values to keep in the state
         """
         seconds, num_tokens, state = time.perf_counter() - self.step_start, scores["length"].sum(), self.state
         self.state = {
@@ -187,9 +190,9 @@ class Run:
         if self.state["steps_without_signal"] == step + 1 == STEPS_FOR_A_SIGNAL:
             right, formatted = (float(scores[f"accuracy/{name}"].mean()) for name in ("strict", "format"))
             self.say(
-                f"no signal: all rewards tied in the first {step + 1} steps, so nothing was learned. In the last step, "
-                f"{right:.0%} of the completions are correct and {formatted:.0%} have the format. Try examples, the "
-                "rewards lenient_accuracy and tag_count, or a larger max_new_tokens."
+                f"no signal: rewards tied in every group or population of the first {step + 1} steps, so nothing was "
+                f"learned. In the last step, {right:.0%} of the completions are correct and {formatted:.0%} have the "
+                "format. Try examples, the rewards lenient_accuracy and tag_count, or a larger max_new_tokens."
             )
         if skipped:
             in_a_row = self.state["skipped_in_a_row"]
@@ -276,11 +279,11 @@ class Run:
     def _print_result(self, after):
         self.tensorboard.file_writer.add_summary(hparams({}, {})[2])  # marks the run as finished in HPARAMS
         print_summary(self.state["before"], after, len(self.setup.test_set))
-        print(f"Training took {self.state['seconds']:.0f} s, this process {time.perf_counter() - self.start:.0f} s.")
+        print(f"Training took {self.state['seconds']:.0f} s. This process: {time.perf_counter() - self.start:.0f} s.")
         model, path = self.setup.model, self.folder / "model"
         with whole_folder(path) as partial:
             save_model(model, self.setup.tokenizer, partial)
-        print(f"TensorBoard: tensorboard --logdir={self.config.log_dir}\nSaved the result to {path}. To load it:")
+        print(f"TensorBoard: tensorboard --logdir={self.config.log_dir}\nSaved the model to {path}. To load it:")
         if hasattr(model, "peft_config"):
             base = model.peft_config["default"].base_model_name_or_path
             print(f'    base = AutoModelForCausalLM.from_pretrained("{base}")')
@@ -291,10 +294,10 @@ class Run:
 
 @contextlib.contextmanager
 def stop_signals():
-    """Yield a list that receives SIGINT and SIGTERM. A second signal ends the process at once.
+    """Yield a list that receives SIGINT and SIGTERM. A second signal ends a run of one process at once.
 
-    One of several processes ignores further signals: launchers forward the terminal's signal, and after a while kill
-    processes that have not ended.
+    With several processes, further signals are ignored: launchers forward the signal that the terminal has already sent
+    to each process. They kill processes that do not end in time.
     """
     received, is_alone = [], int(os.environ.get("WORLD_SIZE", 1)) == 1
 
@@ -345,7 +348,7 @@ def wilson_interval(successes, trials):
 
 
 def print_summary(before, after, num_problems):
-    """before, after: {"strict": accuracy, "lenient": accuracy}"""
+    """Print held-out accuracy with its 95% interval. before, after: {"strict": accuracy, "lenient": accuracy}"""
     print(f"\nHeld-out accuracy, greedy decoding, {num_problems} problems (95% interval)")
     for name in before:
         cells = []
@@ -364,11 +367,11 @@ def resume_command(folder):
 def open_folder(config):
     """Create or reopen the run's folder and lock it. Refuse a folder that holds anything else.
 
-    Returns the folder, the config that resumes the run, and the lock.
+    Return the folder, the config that resumes the run, and the lock.
     """
     folder = Path(config.log_dir) / (config.run_name or time.strftime("%Y-%m-%d_%H-%M-%S"))
     lock = filelock.FileLock(folder / "lock", timeout=0, is_singleton=True)
-    traces = {"lock", "identity.json.partial"}  # a kill in the first moment leaves only these
+    traces = {"lock", "identity.json.partial"}  # a run that is killed while it starts leaves only these
     try:
         is_run = (folder / "identity.json").is_file() and config.run_name and config.resume == "auto"
         if folder.exists() and not is_run and set(os.listdir(folder)) - traces:
@@ -405,7 +408,7 @@ def run_identity(config, setup):
 def find_progress(folder, identity, journal):
     """Return the state to resume from, its checkpoint's path, and the journal's states after that checkpoint.
 
-    ({}, None, []) if no step is done. UserError if the folder holds a run with another `identity`.
+    Return ({}, None, []) if nothing is saved yet. Raise UserError if the folder holds a run with another `identity`.
     """
     states, file = read_journal(folder / "journal.jsonl"), folder / "identity.json"
     theirs = json.loads(file.read_text()) if file.is_file() else identity
@@ -482,7 +485,7 @@ def digests(folder):
 
 
 def read_state(path):
-    """Return the state in a checkpoint. UserError names the first file that is damaged or missing."""
+    """Return the state in a checkpoint. Raise UserError for the first file that is damaged or missing."""
     try:
         saved, found = json.loads((path / "sha256.json").read_text()), digests(path)
     except (OSError, ValueError):
@@ -505,7 +508,7 @@ def newest_checkpoint(folder, last_step=math.inf):
 
 
 def read_journal(path):
-    """Return the states in a journal, one per step from 0. Remove a torn last line from the file."""
+    """Return the states in a journal, one per step from 0. Remove an incomplete last line."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith(b"\n"):
         os.truncate(path, sum(map(len, lines[:-1])))

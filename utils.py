@@ -1,9 +1,9 @@
-"""Code that both scripts share: config, set-up, prompts, scores, evaluation, several processes.
+"""Code that both scripts share: config, setup, prompts, scores, evaluation, multiple processes.
 
     config and command line    RunConfig, load_config, run_from_command_line
-    set-up                     set_up: model, tokenizer, problems with their prompts
+    setup                      set_up: model, tokenizer, problems with their prompts
     a step                     draw_problems, schedule_factor, seeded_generator; score_completions, non_finite; evaluate
-    several processes          share, gather_scores, sum_gradients, summarize
+    multiple processes         share, gather_scores, sum_gradients, summarize
 To change prompts, edit `encode_prompts`. To add a metric of completions, edit `score_completions`, and
 `completion_metrics` in runs.py, which logs it. Elsewhere: the decode loop (generation.py), checkpoints and logs
 (runs.py), rewards (reward.py).
@@ -48,7 +48,7 @@ warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is depreca
 
 
 class Config(BaseModel):
-    """Base of all configs. Unknown keys are errors. pydantic reads 1e-5 as a number, which YAML does not."""
+    """Base of all configs. Unknown keys are errors. PyYAML reads 1e-5 as text; pydantic converts it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -97,7 +97,7 @@ def one_line(error):
 def load_config(config_class, path, overrides=()):
     """Load a `config_class` from a YAML file, and apply "key=value" or "key.subkey=value" overrides.
 
-    Missing keys take their defaults. UserError names file, key, value and what was expected.
+    Missing keys take their defaults. Raise UserError with file, key, value and what was expected.
     """
     source = path
     try:
@@ -141,14 +141,14 @@ def _describe(error, config_class):
 def run_from_command_line(main, config_class, default_path):
     """Call `main(config)` with the config from the command line.
 
-    A UserError, a full disk and GPU out-of-memory end the program with one line; other exceptions show a traceback.
+    UserError, a full disk and running out of GPU memory exit with a one-line error. Other exceptions show a traceback.
     """
     parser = argparse.ArgumentParser(description=(sys.modules["__main__"].__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", default=default_path, help="YAML file (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys to override, e.g. seed=1")
     arguments = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # so that a log file can be followed
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for Ctrl-C during set-up; Run has its own handler
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for Ctrl-C during setup; Run has its own handler
     try:
         main(load_config(config_class, arguments.config, arguments.overrides))
     except UserError as error:
@@ -163,7 +163,7 @@ def run_from_command_line(main, config_class, default_path):
 
 @functools.cache
 def say_once(text):
-    """Print a warning once per run, from the first process only."""
+    """Print a warning once, from the first process only."""
     if int(os.environ.get("RANK", 0)) == 0:
         tqdm.write(text)
 
@@ -171,11 +171,11 @@ def say_once(text):
 def seeded_generator(seed, stream, index=0, device="cpu"):
     """Return a generator that depends only on its arguments, so that checkpoints need no random state.
 
-    stream: names the purpose of the numbers; index: counts generators of a stream, such as the step
+    stream: the purpose of the numbers; index: tells generators of one stream apart, for example the step
     """
     assert 0 <= index < 2**32, index
     low, high = map(int, np.random.SeedSequence([seed, zlib.crc32(stream.encode())]).generate_state(2))
-    # torch's CPU generator reads only the low 32 bits of a seed. Adding the index makes them all different.
+    # torch's CPU generator reads only the low 32 bits of a seed. Adding the index gives each generator its own.
     return torch.Generator(device).manual_seed((high >> 1) << 32 | (low + index) % 2**32)
 
 
@@ -210,7 +210,7 @@ def set_up(config, weights_dtype, autocast=False, **settings):
         raise UserError(f"dataset_args: {_describe(error.errors()[0], type(config))}") from None
     train_items, test_items = splits[0], list(splits[1])[: config.eval_size]
     if len(test_items) < accelerator.num_processes:
-        raise UserError(f"eval_size: {len(test_items)}: expected at least 1 problem for each process")
+        raise UserError(f"eval_size: {len(test_items)} held-out problems: expected at least 1 for each process")
     set_seed(config.seed)  # determines an adapter's initial weights in every process
     model = load_model(config.model, weights_dtype, accelerator.device, config.cache_dir)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
@@ -250,7 +250,7 @@ def load_model(name, dtype, device, cache_dir=None):
 
     The model stays in eval mode: with dropout, the scored policy would not be the sampled one.
     """
-    # cuDNN attention builds a plan for each shape, and decoding changes shapes all the time. Its gradients can be NaN.
+    # cuDNN attention builds a plan for each shape, and decoding keeps changing shapes. Also, its gradients can be NaN.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if "/" not in name and not Path(name).is_dir():  # probably a misspelled folder: do not query the hub
         raise UserError(f"model: {name!r}: no such folder; a name on the hub has the form owner/model")
@@ -282,7 +282,7 @@ def load_model(name, dtype, device, cache_dir=None):
 
 
 def check_decodable(model):
-    """Raise ValueError for models whose layers cache anything but keys and values of tokens."""
+    """Raise ValueError if a layer is not full or sliding-window attention, or if forward() lacks a needed argument."""
     needed = {"input_ids", "attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
     missing = sorted(needed - inspect.signature(model.forward).parameters.keys())
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
@@ -308,8 +308,10 @@ def load_tokenizer(name, cache_dir=None):
 
 
 def stop_ids(model, tokenizer):
-    """Return all ids that end a completion: the end tokens of generation config and tokenizer, and the token with which
-    the chat template ends a turn."""
+    """Return all ids that end a completion.
+
+    They are the end tokens of generation config and tokenizer, and the token with which the chat template ends a turn.
+    """
     ids = model.generation_config.eos_token_id
     ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id}
     if tokenizer.chat_template is not None:
@@ -368,8 +370,8 @@ PLAIN_TURN = "User: {}\n\nAssistant:"  # for base models without a chat template
 def encode_prompts(tokenizer, items, system_prompt, examples=()):
     """Encode each item's prompt: system prompt, examples as earlier turns, problem, start of the answer.
 
-    Use the chat template, or plain text if there is none. If the template has no system message, put the system prompt
-    before the first turn. UserError if the template drops a problem or an example.
+    Use the chat template, or plain text if there is none. If the template has no system message, prepend the system
+    prompt to the first user message. Raise UserError if the template drops a problem or an example.
     """
     prompts = [item["prompt"] for item in items]
     if tokenizer.chat_template is None:
@@ -392,7 +394,7 @@ def encode_prompts(tokenizer, items, system_prompt, examples=()):
     if not is_shown:
         chats = [[{**first, "content": f"{system_prompt}\n\n{first['content']}"}, *rest] for first, *rest in chats]
         texts = _apply_template(tokenizer, chats)
-        say_once("the chat template has no system message: the system prompt is put before the first turn")
+        say_once("the chat template has no system message: prepending the system prompt to the first user message")
     shown = zip(([prompt, *(turn["content"] for turn in turns)] for prompt in prompts), texts, strict=True)
     lost = next((turn for contents, text in shown for turn in contents if turn.strip() not in text), None)
     if lost is not None:
@@ -410,8 +412,11 @@ def _apply_template(tokenizer, chats, add_generation_prompt=True):
 
 
 def answer_start(tokenizer):
-    """Return what the chat template writes at the start of each answer: "<think>" for reasoning models,
-    "<think></think>" with thinking disabled, else "". Completions begin after it, and are scored with it."""
+    """Return the think tags with which the chat template starts each answer.
+
+    They are "<think>" for reasoning models, "<think></think>" with thinking disabled, else "". The completion does not
+    include them, but the scored text does.
+    """
     if tokenizer.chat_template is None:
         return ""
     text = _apply_template(tokenizer, [[{"role": "user", "content": "?"}]])[0]
@@ -430,9 +435,9 @@ def draw_problems(problems, step, count, seed):
 
 
 def schedule_factor(schedule, step, num_steps, warmup_steps=0):
-    """Return the factor of the learning rate at `step`: linear warm-up, then "constant", "linear" or "cosine" decay.
+    """Return the schedule's factor at `step`: linear warmup, then "constant", or "linear" or "cosine" decay.
 
-    Decay would reach 0 at num_steps, so that the factor of a step is never 0.
+    Decay would reach 0 at num_steps, which is after the last step, so the factor is never 0.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
@@ -450,7 +455,7 @@ def completion_texts(completions, tokenizer):
 def score_completions(rewards, completions, tokenizer, problems):
     """Score the i-th completion for the i-th problem with the reward functions {name: weight}.
 
-    Returns the B dicts of `reward.score` plus "length" in tokens, "truncated" (0 or 1) and the sampler's "log_prob".
+    Return the B dicts of `reward.score` plus "length" in tokens, "truncated" (0 or 1) and the sampler's "log_prob".
     """
     rows = score(rewards, completion_texts(completions, tokenizer), [problem.item for problem in problems])
     columns = completions.mask.sum(1), completions.truncated, completions.log_probs.sum(1)
@@ -469,9 +474,9 @@ def non_finite(scores):
 
 
 def evaluate(setup):
-    """Evaluate greedy decoding on the held-out problems, split among the processes.
+    """Evaluate the model on the held-out problems with greedy decoding, split among the processes.
 
-    Returns {name: mean over all problems} (strict and lenient accuracy and the truncated share in [0, 1], length in
+    Return {name: mean over all problems} (strict and lenient accuracy and the truncated share in [0, 1], length in
     tokens), and the items of this process with their completions.
     """
     accelerator = setup.accelerator
@@ -495,18 +500,18 @@ def share(count, accelerator):
     """Return this process's slice of a step's `count` prompts or members."""
     world, process = accelerator.num_processes, accelerator.process_index
     if count < world:
-        raise UserError(f"{count} prompts or members per step are too few for {world} processes")
+        raise UserError(f"{count} prompts or members per step: expected at least 1 for each of {world} processes")
     return slice(process * count // world, (process + 1) * count // world)
 
 
 def gather_scores(rows, device):
-    """Gather {name: (B,) fp32} from all processes, in their order. rows: dicts of this process"""
+    """Return the scores of all processes, in rank order: {name: (B,) fp32}. rows: dicts of this process"""
     rows = gather_object(rows)
     return {name: torch.tensor([row[name] for row in rows], device=device) for name in rows[0]}
 
 
 def sum_gradients(parameters, accelerator):
-    """Sum the gradients of all processes in one message. A process without rows in the loss adds zeros."""
+    """Sum the gradients of all processes in one all-reduce. A process without rows in the loss contributes zeros."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

@@ -251,7 +251,7 @@ def test_model_that_low_rank_cannot_perturb_whole_is_named():
     for model, rank, message in [
         (gemma, 1, "cannot perturb model.embed_tokens, a GemmaTextScaledWordEmbedding"),
         (nn.Sequential(nn.LayerNorm(8)), 1, "perturbation: low_rank cannot perturb 0, a LayerNorm; gaussian can"),
-        (make_model(), 17, r"rank: 17: model.layers.0.self_attn.k_proj.weight, \(16, 32\), has a lower rank"),
+        (make_model(), 17, r"rank: 17: exceeds the rank of model.layers.0.self_attn.k_proj.weight, \(16, 32\)"),
     ]:
         with pytest.raises(UserError, match=message):
             check_low_rank(model, rank)
