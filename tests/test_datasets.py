@@ -29,7 +29,7 @@ def test_unknown_dataset_and_missing_and_empty_file_are_named(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     messages = {"math_expt": "dataset: 'math_expt': expected one of math_expr, gsm8k, or a path that ends in .jsonl"}
     messages |= {"nowhere.jsonl": "dataset: nowhere.jsonl does not exist"}
-    messages |= {f"{tmp_path}/empty.jsonl": "empty.jsonl: no train problems in it"}
+    messages |= {f"{tmp_path}/empty.jsonl": "empty.jsonl has no train problems"}
     for name, message in messages.items():
         with pytest.raises(UserError, match=message):
             make_dataset(name, "train", {})
@@ -87,7 +87,7 @@ def test_expression_text_has_just_the_parentheses_it_needs(seed):
 
 
 BAD_ARGUMENTS = [
-    ({"size": 500, "kinds": ["evaluate"], "max_operators": 1}, "size: 500: only .* distinct train problems were found"),
+    ({"size": 500, "kinds": ["evaluate"], "max_operators": 1}, "size: 500: found only .* distinct train problems"),
     ({"max_operators": 0}, "max_operators: 0: should be greater than 0"),
     ({"kinds": ["divide"]}, "kinds.0: divide: should be 'evaluate' or 'expand'"),
     ({"max_operator": 3}, "max_operator: 3: Unexpected keyword argument"),
