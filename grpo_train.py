@@ -14,7 +14,8 @@ Departures from the paper:
 - The reference is always the starting model; the paper replaces it periodically. By default, kl_weight is 0.
 - loss_t is averaged over all completion tokens of the step (`loss_normalization: token`, DAPO, arXiv:2503.14476), not
   within each completion first (`sequence`). `constant` is Dr. GRPO, arXiv:2503.20783.
-- pi_old comes from the first training pass, not from the sampler, so ratio_t is exactly 1 in the first update.
+- pi_old comes from the first training pass, not from the sampler, so ratio_t is exactly 1 in the first update. With
+  updates_per_step 1, the default, clipping and ratio_level therefore have no effect.
 - Equal rewards in a group give advantages of exactly 0. Completions of advantage 0 are skipped when kl_weight is 0.
 
     python grpo_train.py
@@ -134,7 +135,10 @@ def token_weights(lengths, normalization, max_new_tokens):
 
 
 def policy_loss(log_probs, old_log_probs, advantages, clip_low, clip_high, ratio_level="token", mask=None):
-    """Return the clipped loss per token (eq. 3, negated) and the ratio pi / pi_old, both (b, T). advantages: (b, 1)"""
+    """Return the clipped loss per token (eq. 3, negated) and the ratio pi / pi_old, both (b, T).
+
+    log_probs, old_log_probs: (b, T), 0 outside the mask; advantages: (b, 1); mask: (b, T), for ratio_level "sequence"
+    """
     log_ratio = log_probs - old_log_probs  # (b, T), 0 outside the mask
     if ratio_level == "sequence":  # one ratio per completion, from the mean log-ratio (GSPO, arXiv:2507.18071, eq. 7)
         log_ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True)).expand_as(log_ratio)

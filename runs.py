@@ -112,7 +112,9 @@ class Run:
         print(f"step    {step_text}, up to {config.max_new_tokens} tokens each")
         print(f"run     {self.num_steps:,} steps -> {self.folder}")
         if self.state:
-            print(f"resuming after step {self.state['step']}")
+            is_finished = self.state["step"] == self.num_steps
+            note = ", the last: nothing is left to train; another run needs another run_name" if is_finished else ""
+            print(f"resuming after step {self.state['step']}{note}")
 
     def steps(self):
         """Yield the remaining steps. After each one, evaluate, write the journal and save when due.
@@ -279,7 +281,8 @@ class Run:
     def _print_result(self, after):
         self.tensorboard.file_writer.add_summary(hparams({}, {})[2])  # marks the run as finished in HPARAMS
         print_summary(self.state["before"], after, len(self.setup.test_set))
-        print(f"Training took {self.state['seconds']:.0f} s. This process: {time.perf_counter() - self.start:.0f} s.")
+        seconds, total = self.state["seconds"], time.perf_counter() - self.start
+        print(f"The training steps took {seconds:.0f} s in total. This process ran for {total:.0f} s.")
         model, path = self.setup.model, self.folder / "model"
         with whole_folder(path) as partial:
             save_model(model, self.setup.tokenizer, partial)
@@ -416,8 +419,8 @@ def find_progress(folder, identity, journal):
     for key in ["script"] if is_new else identity | theirs:
         ours, other = identity.get(key), theirs.get(key)
         if ours != other:
-            started = f"the run was started with {other!r}; use another run_name for a new run"
-            raise UserError(f"resume: {folder}: {key}: {ours!r}: {started}")
+            started = f"with {other!r}" if key in theirs else "without this key"
+            raise UserError(f"resume: {folder}: {key}: {ours!r}: the run was started {started}; use another run_name")
     if is_new:
         if file.is_file():
             print(f"resume: {folder} has no saved steps; starting from step 0")

@@ -134,7 +134,8 @@ def _describe(error, config_class):
         *parents, name = error["loc"]
         known = functools.reduce(operator.getitem, parents, config_class().model_dump())
         near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-        message = f"unknown key, did you mean {near[0]}?" if near else f"unknown key, the keys are {', '.join(known)}"
+        near = ".".join(map(str, [*parents, *near])) if near else None
+        message = f"unknown key, did you mean {near}?" if near else f"unknown key, the keys are {', '.join(known)}"
     return one_line(f"{'.'.join(map(str, error['loc']))}: {str(error['input'])[:100]}: {message}")
 
 
@@ -145,7 +146,7 @@ def run_from_command_line(main, config_class, default_path):
     """
     parser = argparse.ArgumentParser(description=(sys.modules["__main__"].__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", default=default_path, help="YAML file (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys to override, e.g. seed=1")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys to override, see the YAML file")
     arguments = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # so that a log file can be followed
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for Ctrl-C during setup; Run has its own handler

@@ -173,7 +173,7 @@ def test_resuming_with_another_config_model_dataset_or_script_names_the_key(tmp_
     model.save_pretrained(tmp_path / "other")
     before = files_of(folder)
     for override, message in {
-        "seed=1": "seed: 1: the run was started with 0; use another run_name for a new run",
+        "seed=1": "seed: 1: the run was started with 0; use another run_name",
         "learning_rate=0.5": "learning_rate: 0.5: the run was started with",
         "rewards={accuracy: 1.0}": "rewards: {'accuracy': 1.0}: the run was started with",
         "dtype=bfloat16": "dtype: 'bfloat16': the run was started with 'float32'",

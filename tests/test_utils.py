@@ -86,7 +86,7 @@ BAD_VALUES = {  # {expectation: overrides}, for each script that has the key
     "should be a valid integer": "group_size=8.5 population_size=8.5",
     "should be a valid dictionary": "rewards=accuracy lora=16",
     "should be 'auto' or 'never'": "resume=runs/a",
-    "unknown key, did you mean rank?": "lora.rnk=8",
+    "unknown key, did you mean lora.rank?": "lora.rnk=8",
     "unknown key, the keys are rank, alpha, target_modules": "lora.dropout=0.1",
     "unknown key, did you mean learning_rate?": "lerning_rate=1",
     "unknown key, the keys are model, ": "zzz=1",
