@@ -315,7 +315,7 @@ def make_micro_batches(prompts, completions, advantages, weights, token_budget, 
     return micro_batches
 
 
-# Returned by `micro_batch_loss`. The list is fixed: all processes must summarize the same names in the same order.
+# The metrics of `micro_batch_loss`. Add new names here: all processes must summarize the same ones, in this order.
 TOKEN_METRICS = ("ratio", "kl_old", "kl_k1", "kl_k3", "clip_low", "clip_high", "entropy", "sampler_gap")
 EXTREMES = ("ratio", "sampler_gap")  # the minimum and maximum of these are logged, too
 
@@ -349,6 +349,7 @@ def micro_batch_loss(model, batch, config, frozen_copy, autocast):
     values |= {
         "ratio": ratio,
         "kl_old": ratio - 1 - ratio.log(),  # KL(pi_old || pi)
+        # Clipped tokens, as in `policy_loss`: change both.
         "clip_low": (ratio < 1 - config.clip_low) & (A < 0),
         "clip_high": (ratio > 1 + config.clip_high) & (A > 0),
     }
@@ -438,7 +439,7 @@ def train(config, setup, run, optimizer, frozen_copy=None):
         if config.kl_weight == 0:  # zero-advantage completions contribute no gradient: skip their forward pass
             loss_weights = torch.where(advantages == 0, 0.0, loss_weights)
 
-        # 4. Take K clipped policy-gradient updates. The first records pi_old. Log the last one's losses.
+        # 4. Take K clipped policy-gradient updates. The first records pi_old. `losses` are those of the last.
         factor = schedule_factor(config.lr_schedule, step, config.num_steps, config.warmup_steps)
         learning_rate = optimizer.param_groups[0]["lr"] = config.learning_rate * factor
         losses, grad_norm, values = torch.zeros(2), 0.0, {name: [] for name in TOKEN_METRICS}

@@ -1,4 +1,4 @@
-"""Reward functions: compare completions with reference answers, both text, and return numbers in [0, 1].
+"""Reward functions: compare completions with reference answers, both text, and return numbers (here 0 to 1).
 
 Completions are untrusted input. Nothing in them is executed, sizes are bounded before any arithmetic, and anything that
 cannot be parsed as an answer is wrong. An exception in a reward function, in contrast, stops the run.

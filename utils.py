@@ -149,7 +149,7 @@ def run_from_command_line(main, config_class, default_path):
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys to override, see the YAML file")
     arguments = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # so that a log file can be followed
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for Ctrl-C during setup; Run has its own handler
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for Ctrl-C while loading; Run has its own handler
     try:
         main(load_config(config_class, arguments.config, arguments.overrides))
     except UserError as error:
