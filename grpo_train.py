@@ -5,7 +5,7 @@ policy and score them. The advantage of a completion is how much better it is th
 
     A_i = (r_i - mean(r)) / std(r)                                                   r: the group's G rewards
 
-Then make K updates that raise the probability of good completions' tokens, within a trust region:
+Then make K updates that raise the probability of the tokens of good completions; clipping limits the change:
 
     ratio_t = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)
     loss_t  = -min(ratio_t A, clip(ratio_t, 1 - clip_low, 1 + clip_high) A) + kl_weight * KL_t(pi || pi_ref)
