@@ -1,8 +1,8 @@
 """ES: evolution strategies on all parameters of a language model, with verifiable rewards and forward passes only.
 
 Qiu et al. 2025, "Evolution Strategies at Scale", arXiv:2509.24372, algorithm 2, after Salimans et al. 2017,
-arXiv:1703.03864. In every step, each of N population members perturbs the weights theta and answers the same prompts
-greedily. Its mean reward R_n measures how much its noise helps:
+arXiv:1703.03864. In each iteration, each of N population members perturbs the weights theta and answers the same
+prompts greedily. Its mean reward R_n measures how much its noise helps:
 
     R_n   = mean reward of the model with weights theta + noise_scale * noise_n       noise_n ~ N(0, I)
     z_n   = (R_n - mean(R)) / std(R)

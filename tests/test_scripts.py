@@ -391,7 +391,7 @@ def test_result_is_loaded_merged_sampled_from_and_trained_on_as_written(clone):
         script.train(clone / f"{name}_logs" / "NAME", "model=tiny_model")
     (code,) = blocks("Use the result", "python")
     load, sample = code.split("\n\n", 2)[1:]
-    parts = re.findall(r"^model = .*$", load, re.MULTILINE)
+    parts = re.findall(r"^(?:# )?(model = .*)$", load, re.MULTILINE)
     assert len(parts) == 3
     each = "".join(f"{part}\n{sample}\nlogits.append(model(torch.arange(20)[None]).logits)\n" for part in parts)
     code = "import torch\nlogits = []\n" + code.partition("model = ")[0] + each
