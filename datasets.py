@@ -10,6 +10,7 @@ their types. Elsewhere: prompts (utils.py) and the scoring of answers (reward.py
 import hashlib
 import itertools
 import json
+import math
 import random
 import zlib
 from pathlib import Path
@@ -131,13 +132,19 @@ class Problems(data.Dataset):
 class MathExprDataset(Problems):
     """Arithmetic of two kinds: "evaluate" integer expressions, "expand" products of polynomials and collect like terms.
 
-    Items are distinct and depend only on the arguments. A hash of the expression's text, never the seed, decides its
-    split, so that train and test are disjoint for all seeds and sizes.
+    Items depend only on the arguments. A hash of the expression's text, never the seed, decides its split, so that
+    train and test are disjoint for all seeds and sizes.
+
+    Every prefix of either split has the same mix, so that a larger held-out set is more precise, not harder: the kinds
+    in equal shares, "evaluate" with 1 to max_operators operators in equal shares, "expand" with its three forms in
+    equal shares (a product of two linear polynomials; a number or x times one; the same plus a monomial). There are
+    few easy expressions, such as some 340 with one operator. When all of a form are used, they are repeated, the first
+    three times with other wordings.
 
     split: "train" (nine of ten expressions) or "test"
     size: number of items; 4096 for train and 1024 for test by default
     seed: selects another sample of the same split
-    kinds: the kinds to draw from, in equal shares
+    kinds: the kinds to draw from
     max_operators: evaluate: the most operators (+ - *) in an expression
     max_integer: evaluate: the largest operand; the smallest is 0
     max_value: evaluate: the largest absolute value of an operation's result
@@ -148,6 +155,7 @@ class MathExprDataset(Problems):
         "evaluate": ("Compute {}", "Evaluate {}", "Work out {}", "What is {}?"),
         "expand": ("Expand {}", "Multiply out {}", "Simplify {}", "Remove the brackets: {}"),
     }
+    PATIENCE = 20_000  # a kind has no more expressions after this many draws without a new one
 
     @validate_call
     def __init__(
@@ -164,19 +172,39 @@ class MathExprDataset(Problems):
         size = size or {"train": 4096, "test": 1024}[split]
         self.split, self.max_operators, self.max_integer = split, max_operators, max_integer
         self.max_value, self.max_coefficient = max_value, max_coefficient
-        rng, seen, self.items = random.Random(f"{split} {seed}"), set(), []
-        for _ in range(100 * size):
-            kind = kinds[len(self.items) % len(kinds)]
-            text, answer, _ = self.draw(rng, kind)
-            if text is not None and text not in seen:
-                seen.add(text)
-                self.items.append({"prompt": rng.choice(self.WORDINGS[kind]).format(text), "answer": answer})
-            if len(self.items) == size:
-                return
-        raise UserError(
-            f"dataset_args: size: {size}: found only {len(self.items)} distinct {split} problems; lower size, or raise "
-            "max_operators, max_integer, max_value or max_coefficient"
-        )
+        kinds_in_turn = []
+        for kind in kinds:
+            forms = range(1, max_operators + 1) if kind == "evaluate" else [(1, 0), (1, 1), (2, 0)]
+            found = self.collect(kind, forms, math.ceil(size / len(kinds) / len(forms)), seed)
+            kinds_in_turn.append(itertools.cycle([self.worded(kind, expressions) for expressions in found]))
+        self.items = [next(next(forms)) for forms in itertools.islice(itertools.cycle(kinds_in_turn), size)]
+
+    @staticmethod
+    def form(kind, structure):
+        """Return the number of operators to evaluate, or the numbers of terms in left factor and tail to expand."""
+        if kind == "evaluate":
+            return len(expression_steps(structure)[1])
+        left, _, tail = structure
+        return sum(map(bool, left)), sum(map(bool, tail))
+
+    def worded(self, kind, expressions):
+        """Yield items forever, all expressions once in each turn. The wordings rotate."""
+        for turn in itertools.count():
+            for number, (text, answer) in enumerate(expressions.items(), start=turn):
+                yield {"prompt": self.WORDINGS[kind][number % 4].format(text), "answer": answer}
+
+    def collect(self, kind, forms, count, seed):
+        """Return `count` distinct expressions of each form, or all of them: dicts {text: answer}."""
+        rng = random.Random(f"{self.split} {seed} {kind}")
+        found, num_idle = {form: {} for form in forms}, 0
+        while num_idle < self.PATIENCE and any(len(expressions) < count for expressions in found.values()):
+            text, answer, structure = self.draw(rng, kind)
+            expressions, num_idle = found[self.form(kind, structure)] if text else {}, num_idle + 1
+            if text and text not in expressions and len(expressions) < count:
+                expressions[text], num_idle = answer, 0
+        if not all(found.values()):
+            raise UserError(f"dataset_args: no {self.split} problems of some forms; raise max_integer or max_value")
+        return list(found.values())
 
     def draw(self, rng, kind):
         """Draw one (text, answer, structure), or (None, None, None) if it violates a limit or is in the other split."""
