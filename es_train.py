@@ -172,8 +172,10 @@ def check_low_rank(model, rank):
     """Raise UserError if Population has no hook for a module with parameters, or if the rank exceeds a matrix's."""
     for path, module in model.named_modules():
         kind, has_weights = type(module).__name__, any(True for _ in module.parameters(recurse=False))
-        # Match exact types, since a subclass may do more: Gemma's embedding scales its output.
-        if has_weights and type(module) not in (nn.Linear, nn.Embedding) and not kind.endswith("RMSNorm"):
+        # Match exact types, since a subclass may do more, except for Gemma's embedding: the hook scales as it does.
+        is_scaled = isinstance(module, nn.Embedding) and hasattr(module, "embed_scale")
+        is_known = type(module) in (nn.Linear, nn.Embedding) or is_scaled or kind.endswith("RMSNorm")
+        if has_weights and not is_known:
             raise UserError(f"perturbation: low_rank cannot perturb {path}, a {kind}; gaussian can")
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and rank > min(parameter.shape):
@@ -194,7 +196,7 @@ class Population:
     No weight is overwritten. Forward hooks add the contribution of the noise:
 
         Linear      (x B) A^T + b                 A B^T: the noise of the weight, b: that of the bias
-        Embedding   A[id] B^T                     a tied head has the same A and B
+        Embedding   A[id] B^T, times embed_scale  a tied head has the same A and B
         RMSNorm     its weight is replaced by one per row, and restored afterwards
     """
 
@@ -258,7 +260,8 @@ class Population:
 
     def _add_to_embedding(self, module, inputs, output):
         if module not in self.selected:
-            self.selected[module] = self._of_rows(self.noise[module.weight][1]).transpose(1, 2)
+            B = self._of_rows(self.noise[module.weight][1]).transpose(1, 2)
+            self.selected[module] = B * getattr(module, "embed_scale", 1)
         B = self.selected[module]  # (M or R, r, D)
         A = self.noise[module.weight][0].transpose(1, 2)[self.members[:, None], inputs[0]]  # (R, T, r)
         add_product(output.view(B.shape[0], -1, B.shape[2]), A.view(B.shape[0], -1, B.shape[1]), B)
@@ -327,7 +330,7 @@ def load_progress(path, states, setup, master, shapes, config):
 
 def train(config, setup, run, master, shapes):
     """Run the paper's algorithm. master: {name: fp32 tensor}, theta; shapes: see `noise_shapes`"""
-    model, tokenizer, accelerator = setup.model, setup.tokenizer, setup.accelerator
+    model, accelerator = setup.model, setup.accelerator
     N, P = config.population_size, config.prompts_per_iteration
     members = range(N)[share(N, accelerator)]  # the members of this process
     members_at_once = config.population_batch if config.perturbation == "low_rank" else 1
@@ -345,7 +348,7 @@ def train(config, setup, run, master, shapes):
             with run.phase("rollout"):
                 completions = rollout(setup, master, shapes, problems, batch, noise_scale, step, config)
             with run.phase("reward"):
-                rows += score_completions(config.rewards, completions, tokenizer, problems * len(batch))
+                rows += score_completions(config.rewards, completions, setup, problems * len(batch))
         scores = gather_scores(rows, accelerator.device)  # of all processes, ordered by member: {name: (N * P,)}
         skipped = non_finite(scores)  # the reason to skip the update, or None
 

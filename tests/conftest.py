@@ -23,7 +23,14 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import es_train
 import grpo_train
@@ -53,11 +60,14 @@ def make_model(seed=0, dtype=torch.float32, family="qwen2", **settings):
     """Make a random model with grouped-query attention and weights large enough that its samples do not collapse."""
     torch.manual_seed(seed)
     families = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+    families["gemma3"] = (Gemma3TextConfig, Gemma3ForCausalLM)
     config_class, model_class = families[family]
     size = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
     tokens = {"bos_token_id": None, "eos_token_id": EOS, "pad_token_id": PAD}
     more = {"initializer_range": 0.15, "tie_word_embeddings": True}
+    if family == "gemma3":  # one layer of each kind
+        more |= {"head_dim": 8, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]}
     return model_class(config_class(**size | heads | tokens | more | settings)).to(dtype).eval()
 
 

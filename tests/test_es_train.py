@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import EOS, SCRIPTS, TINY, make_model, random_prompts, scalars, settings
 from torch import nn
-from transformers import GemmaConfig, GemmaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import es_train
 from es_train import ESConfig, Population, check_low_rank, noise_generators, update_master, write_weights, z_scores
@@ -25,10 +25,11 @@ PROMPTS = random_prompts([3, 9, 5, 1])
 def make_es_model(family="qwen2"):
     """Make a model: qwen2 has a tied head and attention biases, llama biases everywhere, qwen3 norms over the heads.
 
+    gemma3 has a scaled embedding and norms that multiply by 1 + weight.
     Randomize biases and norm weights, because their initial values, 0 and 1, would hide mistakes.
     """
     llama = {"family": "llama", "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}
-    model = make_model(**llama if family == "llama" else {})
+    model = make_model(**llama if family == "llama" else {"family": "gemma3"} if family == "gemma3" else {})
     if family == "qwen3":
         config = model.config.to_dict() | {"model_type": "qwen3", "head_dim": 8}
         model = Qwen3ForCausalLM(Qwen3Config(**config)).eval()
@@ -202,7 +203,7 @@ def test_member_is_master_plus_noise_tied_weights_once_and_afterwards_every_weig
 
 
 @pytest.mark.parametrize(("beginning", "antithetic", "batch_size"), [(0, True, 256), (12, False, 256), (12, True, 9)])
-@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("rank", [None, 1, 3])
 def test_rollout_gives_the_tokens_of_members_folded_into_the_weights(family, rank, beginning, antithetic, batch_size):
     model, (start,), scale = make_es_model(family), random_prompts([beginning], seed=5), 0.1
@@ -247,9 +248,9 @@ def test_same_member_twice_in_a_population_gives_the_same_text():
 
 
 def test_model_that_low_rank_cannot_perturb_whole_is_named():
-    gemma = GemmaForCausalLM(GemmaConfig(num_hidden_layers=1, hidden_size=8, vocab_size=16, num_attention_heads=1))
+    doubled = type("DoubledEmbedding", (nn.Embedding,), {"forward": lambda self, ids: 2 * super().forward(ids)})
     for model, rank, message in [
-        (gemma, 1, "cannot perturb model.embed_tokens, a GemmaTextScaledWordEmbedding"),
+        (nn.Sequential(doubled(8, 8)), 1, "cannot perturb 0, a DoubledEmbedding"),
         (nn.Sequential(nn.LayerNorm(8)), 1, "perturbation: low_rank cannot perturb 0, a LayerNorm; gaussian can"),
         (make_model(), 17, r"rank: 17: exceeds the rank of model.layers.0.self_attn.k_proj.weight, \(16, 32\)"),
     ]:
