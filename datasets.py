@@ -202,8 +202,10 @@ class MathExprDataset(Problems):
             expressions, num_idle = found[self.form(kind, structure)] if text else {}, num_idle + 1
             if text and text not in expressions and len(expressions) < count:
                 expressions[text], num_idle = answer, 0
-        if not all(found.values()):
-            raise UserError(f"dataset_args: no {self.split} problems of some forms; raise max_integer or max_value")
+        missing = [form for form, expressions in found.items() if not expressions]
+        if missing:
+            message = f"found no {self.split} expression of kind {kind} with {missing[0]} operators"
+            raise UserError(f"dataset_args: {message}; raise max_value or lower max_operators")
         return list(found.values())
 
     def draw(self, rng, kind):

@@ -14,6 +14,7 @@ import os
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
@@ -25,9 +26,9 @@ class Completions:
     """Completions of B rows, prompt by prompt: rows p*G to p*G+G-1 belong to prompt p."""
 
     tokens: torch.Tensor  # (B, max_new_tokens) ids as sampled, then zeros
-    mask: torch.Tensor  # (B, max_new_tokens) bool: True up to and including the end token
+    mask: torch.Tensor  # (B, max_new_tokens) bool: True up to and including the token that ends the completion
     log_probs: torch.Tensor  # (B, max_new_tokens) fp32: the sampler's, 0 outside the mask
-    truncated: torch.Tensor  # (B,) bool: reached max_new_tokens without an end token
+    truncated: torch.Tensor  # (B,) bool: reached max_new_tokens without an end
 
 
 def inner_model(model):
@@ -35,20 +36,28 @@ def inner_model(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def new_cache(network):
-    """Return an empty KV cache, and True if it keeps all positions (a sliding window does not)."""
+def new_cache(network, num_slots):
+    """Return an empty KV cache, and True if its layers keep all of `num_slots` positions.
+
+    A sliding-window layer does if they fit into its window. Then it is a full layer, for which padding does not count.
+    """
     cache = DynamicCache(config=network.config)
-    return cache, all(type(layer) is DynamicLayer for layer in cache.layers)
+    keeps_all = all(
+        type(layer) is DynamicLayer or getattr(layer, "sliding_window", 0) >= num_slots for layer in cache.layers
+    )
+    if keeps_all:
+        cache.layers = [DynamicLayer() for _ in cache.layers]
+    return cache, keeps_all
 
 
-def shares_prompts(network):
+def shares_prompts(network, num_slots):
     """Return True if `completion_log_probs` can compute a prompt once for all of its rows.
 
-    It cannot with gradient checkpointing, because transformers then drops the cache, nor with sliding windows, because
-    they count padding.
+    It cannot with gradient checkpointing, because transformers then drops the cache, nor if the longest prompt and
+    completion, `num_slots` together, exceed a sliding window, because padding would use it up.
     """
     checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
-    return not checkpoints and new_cache(network)[1]
+    return not checkpoints and new_cache(network, num_slots)[1]
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -95,7 +104,24 @@ class PreallocatedLayer(DynamicLayer):
 
 
 MIN_SHARED = 8  # a shorter common prefix is not worth a forward pass of its own
+BLOCK = 512  # tokens of the vocabulary whose probabilities are summed first
+CACHED_LOGITS = 2**20  # logits processed at once on a CPU, so that they stay in its cache
 LENGTH_BUCKET = 128  # a captured step reads the cache up to a multiple of this many slots
+
+
+def invert_cdf(weights, uniforms):
+    """Draw an index from each row of unnormalized probabilities. weights: (B, n); uniforms: (B, 1) in [0, 1)
+
+    Return the indices (B, 1), and where within the weight of its index each draw fell (B, 1), again in [0, 1).
+    """
+    cdf = weights.cumsum(-1)
+    # Scaling by the last entry compensates for rounding in the sum. right=True finds the first index whose cdf exceeds
+    # the draw, which skips weights of 0; only NaN exceeds all.
+    draws = uniforms * cdf[:, -1:]
+    index = torch.searchsorted(cdf, draws, right=True).clamp(max=cdf.shape[1] - 1)
+    weight = weights.gather(-1, index)
+    rest = 1 - (cdf.gather(-1, index) - draws) / weight
+    return index, rest.clamp(0, 1 - 2**-24)  # in [0, 1) in spite of rounding
 
 
 def sample(logits, uniforms, temperature):
@@ -103,18 +129,28 @@ def sample(logits, uniforms, temperature):
 
     logits: (B, V), any float dtype; uniforms: (B,) in [0, 1)
     Return tokens (B,) and their fp32 log-probs (B,) under softmax(logits / temperature).
+    A draw selects a block of the vocabulary and then a token in it, so that the sums are short.
     """
-    probs = (logits.float() / temperature).softmax(-1)
+    B, V = logits.shape
+    chunk = B if logits.is_cuda else max(1, CACHED_LOGITS // V)
+    if B > chunk:
+        rows = [slice(start, start + chunk) for start in range(0, B, chunk)]
+        parts = [sample(logits[i], uniforms if uniforms is None else uniforms[i], temperature) for i in rows]
+        tokens, log_probs = (torch.cat(part) for part in zip(*parts, strict=True))
+        return tokens, log_probs
+    logits = logits.float() / temperature
+    probs = logits.softmax(-1)
     if uniforms is None:
         tokens = logits.argmax(-1, keepdim=True)
+    elif V <= BLOCK:
+        tokens, _ = invert_cdf(probs, uniforms[:, None])
     else:
-        cdf = probs.cumsum(-1)
-        # right=True finds the first token whose cdf exceeds the draw, which skips tokens with probability 0. Scaling by
-        # the last entry compensates for rounding in the sum.
-        draws = uniforms[:, None] * cdf[:, -1:]
-        tokens = torch.searchsorted(cdf, draws, right=True).clamp(max=logits.shape[1] - 1)
-    smallest = torch.finfo(probs.dtype).tiny  # in rare cases, rounding in the sum selects a token with probability 0
-    return tokens[:, 0], probs.gather(-1, tokens)[:, 0].clamp(min=smallest).log()
+        blocks = F.pad(probs, (0, -V % BLOCK)) if V % BLOCK else probs
+        blocks = blocks.view(B, -1, BLOCK)
+        block, rest = invert_cdf(blocks.sum(-1), uniforms[:, None])
+        token, _ = invert_cdf(blocks[torch.arange(B, device=block.device), block[:, 0]], rest)
+        tokens = block * BLOCK + token
+    return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
 
 
 @dataclasses.dataclass
@@ -123,6 +159,7 @@ class DecodeSettings:
 
     max_new_tokens: int
     stop_ids: list[int]  # tokens that end a completion
+    stop_table: torch.Tensor | None = None  # texts that end a completion, see `utils.stop_table`
     temperature: float = 1.0  # for sampling; without `uniforms`, decoding is greedy
     batch_size: int = 256  # completions decoded at once, at least those of one prompt or block
     cuda_graphs: bool = True  # on a GPU, replay decode steps from a CUDA graph
@@ -182,7 +219,7 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
     """Run the decode loop for the prompts in the range `part`, and write to the Completions `out`."""
     device, network, P = model.device, inner_model(model), len(part)
     prompts = prompts[part.start : part.stop]
-    cache, keeps_all = new_cache(network)
+    cache, keeps_all = new_cache(network, max(map(len, prompts)) + settings.max_new_tokens)
     shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
     if shared < MIN_SHARED or min(block_size, P) == 1 or not keeps_all:
         shared = 0
@@ -219,6 +256,8 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
     column = torch.zeros(1, dtype=torch.long, device=device)
     slots = torch.arange(attention_mask.shape[1], device=device)
     stop_ids, newest = torch.tensor(settings.stop_ids, device=device), torch.empty_like(position)
+    stop_table, text_state = settings.stop_table, torch.zeros_like(rows)
+    stop_table = stop_table if stop_table is None else stop_table.to(device)
 
     def append_tokens(logits):
         noise = None if uniforms is None else uniforms[rows, column]
@@ -227,7 +266,11 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
         out.tokens[rows, column] = torch.where(running, token, 0)
         out.log_probs[rows, column] = torch.where(running, log_prob, 0.0)
         out.mask[rows, column] = running
-        out.truncated[rows] = running & (token[:, None] != stop_ids).all(1)
+        has_ended = (token[:, None] == stop_ids).any(1)
+        if stop_table is not None:
+            text_state.copy_(stop_table[text_state, token])
+            has_ended |= text_state == len(stop_table) - 1
+        out.truncated[rows] = running & ~has_ended
         newest.copy_(token[:, None])
         column.add_(1)
 
@@ -250,7 +293,8 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
         if num_finished >= (0.5 if run_step.enabled else 0.25) * len(rows):  # dropping rows requires a new capture
             keep = out.truncated[rows].nonzero()[:, 0]
             cache.batch_select_indices(keep)
-            rows, newest, position, attention_mask = (x[keep] for x in (rows, newest, position, attention_mask))
+            rows, newest, text_state = (x[keep] for x in (rows, newest, text_state))
+            position, attention_mask = position[keep], attention_mask[keep]
             on_rows(rows // num_samples)
             run_step.reset()
         if end > cursor.end:
@@ -290,8 +334,44 @@ class GraphedStep:
 
 
 MIN_SPARED = 0.1  # compute prompts separately if that saves at least this share of all positions
-# Logits per chunk in the scoring pass. 32 MiB on CPUs, since malloc returns larger tensors to the system each time.
-MAX_LOGITS = {"cpu": 2**23, "cuda": 2**25}
+# Logits per chunk in the scoring pass, 32 MiB in fp32 on CPUs, since malloc returns larger tensors to the system each
+# time. But at least MIN_ROWS rows, since each chunk reads all weights of lm_head.
+MAX_LOGITS, MIN_ROWS = {"cpu": 2**23, "cuda": 2**25}, 128
+
+
+class TokenLogProbs(torch.autograd.Function):
+    """Log-probs of tokens under softmax(logits / temperature), and its entropy, which has no gradient: fp32, (n,).
+
+    logits: (n, V), any float dtype; tokens: (n,)
+    On a CPU, both passes process a few rows at a time, which stay in its cache.
+    """
+
+    @staticmethod
+    def parts(*tensors):
+        logits = tensors[0]
+        chunk = len(logits) if logits.is_cuda else max(1, CACHED_LOGITS // logits.shape[1])
+        return zip(*(x.split(chunk) for x in tensors), strict=True)
+
+    @staticmethod
+    def forward(ctx, logits, tokens, temperature):
+        log_probs, entropy = torch.empty(2, len(tokens), device=logits.device)
+        for part, token, log_prob, H in TokenLogProbs.parts(logits, tokens, log_probs, entropy):
+            x = (part.float() / temperature).log_softmax(-1)
+            log_prob.copy_(x.gather(-1, token[:, None])[:, 0])
+            H.copy_(-(x.exp() * x).sum(-1))
+        ctx.save_for_backward(logits, tokens)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return log_probs, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        logits, tokens = ctx.saved_tensors
+        result, grad = torch.empty_like(logits), grad[:, None] / ctx.temperature
+        for part, token, g, out in TokenLogProbs.parts(logits, tokens[:, None], grad, result):
+            x = (part.float() / ctx.temperature).softmax(-1).mul_(-g)
+            out.copy_(x.scatter_add_(-1, token, g))  # d log p(token) / d logit_v = ((v == token) - p(v)) / temperature
+        return result, None, None
 
 
 def completion_log_probs(model, ids, completion_mask, temperature):
@@ -308,13 +388,9 @@ def completion_log_probs(model, ids, completion_mask, temperature):
     targets, head = ids[completion_mask], network.get_output_embeddings()  # (N,)
 
     def score(hidden, targets):
-        log_probs = head(hidden).float().div_(temperature).log_softmax(-1)  # (n, V)
-        chosen = log_probs.gather(-1, targets[:, None])[:, 0]  # the backward pass recomputes up to here
-        with torch.no_grad():
-            entropy = -log_probs.exp().mul_(log_probs).sum(-1)
-        return chosen, entropy
+        return TokenLogProbs.apply(head(hidden), targets, temperature)
 
-    chunk = max(1, MAX_LOGITS[ids.device.type] // head.weight.shape[0])
+    chunk = max(MIN_ROWS, MAX_LOGITS[ids.device.type] // head.weight.shape[0])
     scored = [
         checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False)
         for part in zip(hidden.split(chunk), targets.split(chunk), strict=True)
@@ -340,11 +416,12 @@ def _states_before(network, ids, completion_mask):
     prefix = 0 if len(prompts) == 1 else int((prompts == prompts[0]).all(0).cumprod(0).sum())
     prefix = 0 if prefix < MIN_SHARED else prefix
     spared = 1 - (prefix + prompts[:, prefix:].numel() + positions.numel()) / ids.numel()
-    if not shares_prompts(network) or not in_prompt.any() or spared < MIN_SPARED:
+    num_slots = L + positions.shape[1]
+    if not shares_prompts(network, num_slots) or not in_prompt.any() or spared < MIN_SPARED:
         # Causal attention never sees the padding on the right, so no mask or position ids are needed.
         hidden = network.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
         return hidden[:, :-1][completion_mask[:, 1:]]
-    cache, _ = new_cache(network)
+    cache, _ = new_cache(network, num_slots)
     steps = [(prompts[:1, :prefix], torch.zeros_like(prompts[:, 0]))] if prefix else []
     for part, rows in [*steps, (prompts[:, prefix:].clamp(min=0), prompt_of_row)]:
         network.base_model(input_ids=part, past_key_values=cache, use_cache=True)

@@ -425,7 +425,7 @@ def train(config, setup, run, optimizer, frozen_copy=None):
         # 2. Score every completion. Gather the scores of all processes: {name: (P * G,)}.
         with run.phase("reward"):
             problem_of_row = [problem for problem in problems for _ in range(G)]
-            rows = score_completions(config.rewards, completions, setup.tokenizer, problem_of_row)
+            rows = score_completions(config.rewards, completions, setup, problem_of_row)
             scores = gather_scores(rows, accelerator.device)
         skipped = non_finite(scores)  # the reason to skip the update, or None
 
@@ -446,7 +446,9 @@ def train(config, setup, run, optimizer, frozen_copy=None):
         with run.phase("update"):
             prompts = [problem.ids for problem in problems]
             local = prompts, completions, advantages[mine].flatten(), loss_weights[mine].flatten()
-            batches = make_micro_batches(*local, config.micro_batch_tokens, shares_prompts(inner_model(policy)))
+            num_slots = max(map(len, prompts)) + config.max_new_tokens
+            can_share = shares_prompts(inner_model(policy), num_slots)
+            batches = make_micro_batches(*local, config.micro_batch_tokens, can_share)
             for _ in range(K if loss_weights.any() else 0):
                 if not skipped:
                     losses, grad_norm, skipped = update(

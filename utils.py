@@ -23,7 +23,7 @@ import sys
 import warnings
 import zlib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -72,6 +72,7 @@ class RunConfig(Config):
     dataset_args: dict[str, JsonValue] = {}
     system_prompt: str = "Think step by step in <think></think>, then answer in <answer></answer>."
     examples: list[Example] = []
+    stop: list[Annotated[str, Field(min_length=1)]] = []
     rewards: dict[str, float] = Field({"accuracy": 1.0, "format": 0.1}, min_length=1)
     max_new_tokens: PositiveInt = 96
     # Evaluation, checkpoints, logs, seed
@@ -194,6 +195,7 @@ class Setup:
     train_set: list[Problem]
     test_set: list[Problem]  # held out
     settings: DecodeSettings
+    stop: list[str] = dataclasses.field(default_factory=list)  # the config's texts that end a completion
 
 
 def set_up(config, weights_dtype, autocast=False, **settings):
@@ -223,8 +225,10 @@ def set_up(config, weights_dtype, autocast=False, **settings):
     ends = stop_ids(model, tokenizer)
     if not ends:
         raise UserError(f"model: {config.model!r}: neither its tokenizer nor its generation config has an end token")
-    decoding = DecodeSettings(config.max_new_tokens, ends, cuda_graphs=config.cuda_graphs, **settings)
-    return Setup(accelerator, model, tokenizer, train_set, test_set, decoding)
+    texts = [*config.stop, *([NEXT_TURN] if tokenizer.chat_template is None else [])]
+    table = stop_table(tokenizer, texts, model.get_input_embeddings().num_embeddings) if texts else None
+    decoding = DecodeSettings(config.max_new_tokens, ends, table, cuda_graphs=config.cuda_graphs, **settings)
+    return Setup(accelerator, model, tokenizer, train_set, test_set, decoding, config.stop)
 
 
 def check_problems(problems, model, tokenizer, config):
@@ -302,7 +306,7 @@ def load_tokenizer(name, cache_dir=None):
     except (OSError, ValueError) as error:
         raise UserError(f"model: {name!r} has no tokenizer: {one_line(error)}") from None
     if tokenizer.chat_template is None:
-        say_once(f"{name} has no chat template: using plain-text prompts, {PLAIN_TURN!r}")
+        say_once(f"{name} has no chat template: using plain-text prompts, {PLAIN_TURN!r}, until {NEXT_TURN!r}")
     elif answer_start(tokenizer):
         say_once(f"the chat template starts every answer with {answer_start(tokenizer)}, which counts as part of it")
     return tokenizer
@@ -325,6 +329,33 @@ def stop_ids(model, tokenizer):
         after = tokenizer(text.partition(answer)[2], add_special_tokens=False).input_ids
         ids |= {id for id in after[:1] if id in tokenizer.added_tokens_decoder}
     return sorted(ids - {None})
+
+
+def stop_table(tokenizer, texts, num_tokens):
+    """Return the automaton that finds the first of `texts` in sampled tokens, however they are split: (S + 1, V) long.
+
+    Its S states are the beginnings of the texts: the longest one with which the tokens so far end. Entry (s, v) is the
+    state that follows s after token v. State 0 is the start, state S has found a text. Texts whose characters the
+    tokenizer splits into single bytes are not found.
+    """
+    begun = sorted({text[:length] for text in texts for length in range(len(text))}, key=len)
+    last, ends = len(begun), {text[-1] for text in texts}
+
+    def state_after(text):
+        if any(stop in text for stop in texts):
+            return last
+        return max(state for state, beginning in enumerate(begun) if text.endswith(beginning))
+
+    # Decode each token after another one, since some tokenizers strip the space before the first.
+    anchor = tokenizer("a", add_special_tokens=False).input_ids[-1]
+    start = len(tokenizer.decode([anchor]))
+    pairs = tokenizer.batch_decode([[anchor, token] for token in range(len(tokenizer))], skip_special_tokens=True)
+    table = torch.zeros(last + 1, num_tokens, dtype=torch.long)
+    for token, pair in enumerate(pairs[:num_tokens]):
+        piece = pair[start:]
+        if piece.endswith(tuple(begun[1:])) or any(end in piece for end in ends) or any(piece in t for t in texts):
+            table[:last, token] = torch.tensor([state_after(beginning + piece) for beginning in begun])
+    return table
 
 
 @torch.no_grad()
@@ -366,6 +397,7 @@ def fingerprint(weights):
 
 
 PLAIN_TURN = "User: {}\n\nAssistant:"  # for base models without a chat template
+NEXT_TURN = "\n\n" + PLAIN_TURN.partition(" ")[0]  # where such a model's completion ends; not part of its text
 
 
 def encode_prompts(tokenizer, items, system_prompt, examples=()):
@@ -446,19 +478,26 @@ def schedule_factor(schedule, step, num_steps, warmup_steps=0):
     return {"constant": 1.0, "linear": 1 - share_done, "cosine": (1 + math.cos(math.pi * share_done)) / 2}[schedule]
 
 
-def completion_texts(completions, tokenizer):
+def completion_texts(completions, tokenizer, stop=()):
+    """Return the text of each completion: up to and including a text in `stop`, or up to the next plain-text turn."""
     columns = completions.tokens.cpu(), completions.mask.cpu()  # one transfer instead of one per row
     rows = [tokens[mask].tolist() for tokens, mask in zip(*columns, strict=True)]
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    if tokenizer.chat_template is None:
+        texts = [text.partition(NEXT_TURN)[0] for text in texts]
+    for end in stop:
+        texts = ["".join(text.partition(end)[:2]) for text in texts]
     start = answer_start(tokenizer)
-    return [start + text for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+    return [start + text for text in texts]
 
 
-def score_completions(rewards, completions, tokenizer, problems):
+def score_completions(rewards, completions, setup, problems):
     """Score the i-th completion for the i-th problem with the reward functions {name: weight}.
 
     Return the B dicts of `reward.score` plus "length" in tokens, "truncated" (0 or 1) and the sampler's "log_prob".
     """
-    rows = score(rewards, completion_texts(completions, tokenizer), [problem.item for problem in problems])
+    texts = completion_texts(completions, setup.tokenizer, setup.stop)
+    rows = score(rewards, texts, [problem.item for problem in problems])
     columns = completions.mask.sum(1), completions.truncated, completions.log_probs.sum(1)
     for row, *values in zip(rows, *(column.tolist() for column in columns), strict=True):
         row |= zip(("length", "truncated", "log_prob"), map(float, values), strict=True)
@@ -484,7 +523,8 @@ def evaluate(setup):
     problems = setup.test_set[accelerator.process_index :: accelerator.num_processes]
     with accelerator.autocast():
         completions = generate(setup.model, [problem.ids for problem in problems], setup.settings)
-    items, texts = [problem.item for problem in problems], completion_texts(completions, setup.tokenizer)
+    texts = completion_texts(completions, setup.tokenizer, setup.stop)
+    items = [problem.item for problem in problems]
     answers = [item["answer"] for item in items]
     sums = {
         "strict_accuracy": sum(map(strict_correct, texts, answers)),

@@ -200,7 +200,7 @@ def measure_update(policy, problems, completions, arguments, accelerator, rate):
             network.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             network.gradient_checkpointing_disable()
-        way = arguments.micro_batch, shares_prompts(network)
+        way = arguments.micro_batch, shares_prompts(network, max(map(len, prompts)) + C)
         batches = grpo_train.make_micro_batches(prompts, completions, advantages, weights, *way)
         values = {name: [] for name in grpo_train.TOKEN_METRICS}
         grpo_train.update(policy, optimizer, batches, grpo_train.GRPOConfig(), None, accelerator, values)

@@ -35,7 +35,8 @@ def measure(config):
     tokens = torch.randint(2, 100, size, generator=torch.Generator().manual_seed(0)).to(policy.device)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     completions = Completions(tokens, mask, torch.zeros(size, device=policy.device), mask[:, 0])
-    ones, shares = torch.ones(size[0], device=policy.device), shares_prompts(inner_model(policy))
+    ones, num_slots = torch.ones(size[0], device=policy.device), max(map(len, prompts)) + C
+    shares = shares_prompts(inner_model(policy), num_slots)
     batches = grpo_train.make_micro_batches(prompts, completions, ones, ones, config.micro_batch_tokens, shares)
     embedding, on_gpu = policy.get_input_embeddings(), policy.device.type == "cuda"
     embedding.register_forward_hook(lambda _, inputs, __: positions.append(inputs[0].numel()))

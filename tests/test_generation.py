@@ -1,6 +1,7 @@
 """Tests of sampling and scoring against a slow oracle: one row at a time, float64, no cache, no padding."""
 
 import contextlib
+import itertools
 import types
 from unittest.mock import Mock
 
@@ -16,13 +17,15 @@ from es_train import Population, noise_generators, noise_shapes
 from generation import GraphedStep, PreallocatedLayer, completion_log_probs, generate, sample
 from grpo_train import LoRA, make_micro_batches, make_policy, merged_adapter
 from reward import UserError
-from utils import check_chunked_head, fingerprint
+from utils import check_chunked_head, completion_texts, fingerprint, stop_table
 
 PROMPTS = random_prompts([3, 9, 5, 1])
 G, MAX_NEW = 6, 24
 STOP = [EOS, 7]  # two end tokens, as in Qwen and Llama
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
-KINDS = {"qwen2": {}, "llama": {"family": "llama"}, "sliding window": SLIDING}
+GEMMA = {"family": "gemma3", "sliding_window": 200}
+KINDS = {"qwen2": {}, "llama": {"family": "llama"}, "gemma3": GEMMA, "sliding window": SLIDING}
+KINDS["gemma3, a narrow window"] = GEMMA | {"sliding_window": 16}
 GPU = type("GPU", (str,), {"type": "cuda"})("cpu")  # torch takes it for the CPU, but its type is "cuda"
 
 
@@ -44,8 +47,12 @@ def rows_of(completions):
     return [tokens[mask].tolist() for tokens, mask in zip(completions.tokens, completions.mask, strict=True)]
 
 
-def assert_as_the_oracle(out, model, prompts, stop_ids=STOP, temperature=1.0, greedy=False):
-    """Assert that each token is the one that the oracle draws at its position, up to an end token or the limit."""
+def assert_as_the_oracle(out, model, prompts, stop_ids=STOP, temperature=1.0, greedy=False, ends=None):
+    """Assert that each token is the one that the oracle draws at its position, up to an end or the limit.
+
+    ends(tokens): True if a completion of these tokens has ended, by default if the last one is in `stop_ids`
+    """
+    ends = ends or (lambda tokens: tokens[-1] in stop_ids)
     num_samples, uniforms = len(out.tokens) // len(prompts), draws(len(out.tokens))
     for row, tokens in enumerate(rows_of(out)):
         prompt, count = prompts[row // num_samples], len(tokens)
@@ -56,7 +63,7 @@ def assert_as_the_oracle(out, model, prompts, stop_ids=STOP, temperature=1.0, gr
         torch.testing.assert_close(out.log_probs[row, :count].double(), expected, atol=1e-5, rtol=0)
         assert out.mask[row, :count].all() and not out.log_probs[row, count:].any()
         assert (out.tokens[row, count:] == PAD).all()
-        *before, last = [token in stop_ids for token in tokens]
+        *before, last = [ends(tokens[: n + 1]) for n in range(count)]
         assert not any(before) and (last or count == MAX_NEW)
         assert out.truncated[row] == (not last)
 
@@ -78,15 +85,80 @@ def test_samples_equal_the_oracle_row_by_row_at_any_temperature_batch_size_and_p
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lengths", [[3, 9, 5, 1], [4, 4, 4, 4], [0, 6, 2, 1], [3]], ids=str)
-def test_a_shared_beginning_is_computed_once_but_for_sliding_windows_and_changes_no_token(lengths, kind):
+def test_a_shared_beginning_is_computed_once_but_for_narrow_windows_and_changes_no_token(lengths, kind):
     model, prompts, seen = make_model(**KINDS[kind]), prompts_after(12, lengths), []
     model.register_forward_pre_hook(lambda _, __, inputs: seen.append(inputs["input_ids"].shape), with_kwargs=True)
     assert_as_the_oracle(rollout(model, prompts), model, prompts)
     shared, P = min(12, 11 + min(lengths)), len(prompts)  # each prompt keeps at least one token of its own
-    if P == 1 or kind == "sliding window":  # padding inside a prompt would use up window slots
+    if P == 1 or "window" in kind:  # padding inside a prompt would use up window slots
         assert seen[0] == (P, 12 + max(lengths))
     else:
         assert seen[:2] == [(1, shared), (P, 12 + max(lengths) - shared)]
+
+
+@pytest.mark.parametrize("excess", [0, 1, 2, 9])
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_a_sliding_layer_is_a_full_one_just_while_prompt_and_completion_fit_its_window(family, excess):
+    prompts, num_slots, seen = prompts_after(12, [9, 9]), 12 + 9 + MAX_NEW, []
+    window = {"use_sliding_window": True, "max_window_layers": 0} if family == "qwen2" else {}
+    model = make_model(family=family, sliding_window=num_slots - excess, **window)
+    handle = model.register_forward_pre_hook(lambda *inputs: seen.append(len(inputs[2]["input_ids"])), with_kwargs=True)
+    out = rollout(model, prompts, [])  # all rows reach the limit
+    assert_as_the_oracle(out, model, prompts, [])
+    assert seen[0] == (2 if excess else 1)
+    seen.clear()
+    rows = [prompts[row // G] + tokens for row, tokens in enumerate(rows_of(out))]
+    handle.remove()
+    model.model.register_forward_pre_hook(lambda *inputs: seen.append(len(inputs[2]["input_ids"])), with_kwargs=True)
+    log_probs, _ = completion_log_probs(model, *right_padded(rows, [21] * len(rows)), 1.0)
+    torch.testing.assert_close(log_probs[:, 21:], out.log_probs, atol=1e-5, rtol=0)
+    assert seen == ([2 * G] if excess > 1 else [1, 2, 2 * G])  # the newest token is never a key
+
+
+class FakeTokenizer:
+    """Tokens 0 and 1 are special, the others texts of one to four letters a and b, some with line breaks."""
+
+    def __init__(self):
+        letters = [["".join(text) for text in itertools.product("ab", repeat=n)] for n in range(1, 5)]
+        pieces = [*sum(letters, []), *map("\n".__add__, sum(letters[:3], [])), "\n", "\n\n"]
+        self.pieces, self.chat_template = ["", "", *pieces, *"c" * (VOCAB - 2 - len(pieces))], None
+
+    def __len__(self):
+        return VOCAB
+
+    def __call__(self, text, **_):
+        return types.SimpleNamespace(input_ids=[self.pieces.index(text)])
+
+    def decode(self, tokens):
+        return "".join(self.pieces[token] for token in tokens)
+
+    def batch_decode(self, rows, **_):
+        return list(map(self.decode, rows))
+
+
+@pytest.mark.parametrize("stop", [["aba"], ["abba", "b\na"], ["\n\n", "bb"]], ids=str)
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_completion_ends_with_the_token_that_completes_a_stop_text_however_it_is_split(model, stop, graphs):
+    tokenizer = FakeTokenizer()
+    options = {"stop_table": stop_table(tokenizer, stop, VOCAB)}
+
+    def is_complete(tokens):
+        return tokens[-1] in STOP or any(text in tokenizer.decode(tokens) for text in stop)
+
+    out = captured_as_eager(lambda: rollout(model, **options))[0] if graphs else rollout(model, **options)
+    assert_as_the_oracle(out, model, PROMPTS, ends=is_complete)
+    found = [row for row in rows_of(out) if row[-1] not in STOP and is_complete(row)]
+    assert len(found) >= 3 and any(not any(text in tokenizer.pieces[row[-1]] for text in stop) for row in found)
+    # The scored text ends with the stop text. The loss covers the tokens as sampled, up to the one that completes it.
+    for text, row in zip(completion_texts(out, tokenizer, stop), rows_of(out), strict=True):
+        ends = [tokenizer.decode(row).find(each) + len(each) for each in stop if each in tokenizer.decode(row)]
+        assert text == tokenizer.decode(row)[: min(ends, default=None)]
+    rows, ones = [prompt for prompt in PROMPTS for _ in range(G)], torch.ones(len(PROMPTS) * G)
+    batches = make_micro_batches(rows, out, ones, ones, 10**6, True)
+    assert sum(batch.mask.sum() for batch in batches) == sum(map(len, rows_of(out)))
+    for batch in batches:
+        log_probs, _ = completion_log_probs(model, batch.ids, batch.mask, 1.0)
+        torch.testing.assert_close(log_probs, batch.sampler_log_probs, atol=2e-5, rtol=0)
 
 
 def test_mask_is_the_completion_with_its_end_token_even_when_pad_is_eos(model):
@@ -136,10 +208,39 @@ def test_trained_ids_are_the_generated_ids_and_recomputed_log_probs_the_sampled_
     assert sorted(trained) == sorted(prompt + tokens for prompt, tokens in zip(rows, rows_of(out), strict=True))
 
 
-def test_sampling_never_draws_a_token_of_probability_zero():
-    logits = torch.tensor([[-torch.inf, 1.0, -torch.inf, 1.0, -torch.inf]])
-    tokens, log_probs = sample(logits.expand(4, -1), torch.tensor([0.0, 0.49999, 0.5, 1 - 2**-24]), 1.0)
-    assert tokens.tolist() == [1, 1, 3, 3] and log_probs.tolist() == pytest.approx([-0.6931] * 4, abs=1e-4)
+@pytest.mark.parametrize("spread", [1, 300, 5000])
+def test_sampling_never_draws_a_token_of_probability_zero(spread):
+    # The two possible tokens are in one block of the vocabulary, or in two.
+    logits = torch.full((5 * spread,), -torch.inf)
+    logits[[spread, 3 * spread]] = 1.0
+    draws = torch.tensor([0.0, 0.49999, 0.5, 1 - 2**-24])
+    tokens, log_probs = sample(logits.expand(4, -1), draws, 1.0)
+    assert tokens.tolist() == [spread, spread, 3 * spread, 3 * spread]
+    assert log_probs.tolist() == pytest.approx([-0.6931] * 4, abs=1e-4)
+    few = torch.full((1, 2000), -torch.inf).index_fill(1, torch.tensor([5, 700, 1400]), 0.0)
+    few[0, [700, 1400]] -= 15  # little weight in a block: rounding of the sums is large beside it
+    tokens, _ = sample(few.expand(10_001, -1), 1 - torch.arange(1, 10_002) * 2.0**-24, 1.0)
+    assert set(tokens.tolist()) == {5, 700, 1400}
+
+
+@pytest.mark.parametrize("vocab_size", [64, 512, 1000, 2048])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_token_does_not_depend_on_the_other_rows_and_is_that_of_the_float64_distribution(
+    monkeypatch, vocab_size, temperature
+):
+    logits = torch.randn(50, vocab_size, generator=torch.Generator().manual_seed(0)) * 3
+    draws = torch.rand(50, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(generation, "CACHED_LOGITS", 3 * vocab_size)  # 3 rows at a time
+    exact = (logits.double() / temperature).log_softmax(-1)
+    for uniforms, expected in [(draws, (exact.exp().cumsum(1) <= draws[:, None]).sum(1)), (None, logits.argmax(1))]:
+        tokens, log_probs = sample(logits, uniforms, temperature)
+        assert torch.equal(tokens, expected)
+        torch.testing.assert_close(log_probs.double(), exact.gather(1, tokens[:, None])[:, 0], atol=1e-5, rtol=0)
+        for row in (0, 7, 49):
+            alone = sample(
+                logits[row : row + 1], uniforms if uniforms is None else uniforms[row : row + 1], temperature
+            )
+            assert [*alone] == [tokens[row : row + 1], log_probs[row : row + 1]]
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 6.0])
@@ -202,7 +303,7 @@ def captured_as_eager(decode, device=GPU):
     return eager, calls
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "llama", "lora", "merged"])
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma3", "lora", "merged"])
 def test_captured_steps_give_the_tokens_of_the_eager_loop(kind):
     model = make_model(**KINDS.get(kind, {}))
     if kind in ("lora", "merged"):
@@ -274,6 +375,8 @@ def test_scores_and_gradients_are_those_of_log_softmax_over_temperature_whatever
     monkeypatch, kind, batch, temperature, chunk, padding
 ):
     monkeypatch.setitem(generation.MAX_LOGITS, "cpu", chunk * VOCAB)
+    monkeypatch.setattr(generation, "MIN_ROWS", 1)
+    monkeypatch.setattr(generation, "CACHED_LOGITS", 3 * VOCAB)
     model, (ids, mask) = make_model(**KINDS[kind]), right_padded(*BATCHES[batch], padding)
     oracle = make_like(model).double()
     weights = torch.randn(ids.shape, generator=torch.Generator().manual_seed(0))
@@ -334,6 +437,7 @@ def test_gradient_is_the_same_bit_for_bit_on_two_threads_every_time(request, beg
 def test_no_logits_of_all_tokens_exist_forward_or_backward(monkeypatch):
     V, tokens_per_chunk, seen, saved = 5000, 8, [], []
     monkeypatch.setitem(generation.MAX_LOGITS, "cpu", tokens_per_chunk * V)
+    monkeypatch.setattr(generation, "MIN_ROWS", 1)
     model, (ids, mask) = make_model(vocab_size=V), right_padded(random_prompts([64] * 4), [8] * 4)
     model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.numel()))
     with saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):

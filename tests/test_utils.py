@@ -258,12 +258,12 @@ def test_think_tag_that_the_template_writes_is_scored_with_the_completion():
     batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     mask, problems = batch.attention_mask.bool(), [Problem({"prompt": "1+1", "answer": "2"}, [])] * 2
     completions = Completions(batch.input_ids, mask, mask * -0.5, torch.tensor([False, True]))
-    first, second = mask.sum(1).tolist()
+    (first, second), setup = mask.sum(1).tolist(), utils.Setup(None, None, tokenizer, [], problems, None)
     ordinary, told_not_to_think = tokenizer.chat_template, WRITES_THINK.replace("\n", "\n\n</think>\n\n")
     for added, start, strict in [("", "", 0), (WRITES_THINK, "<think>", 1), (told_not_to_think, "<think></think>", 0)]:
         tokenizer.chat_template = ordinary + added
         assert completion_texts(completions, tokenizer) == [start + text for text in texts]
-        rows = utils.score_completions({"accuracy": 1.0}, completions, tokenizer, problems)
+        rows = utils.score_completions({"accuracy": 1.0}, completions, setup, problems)
         described = [(row["length"], row["truncated"], row["log_prob"], row["accuracy/strict"]) for row in rows]
         assert described == [(first, 0, -first / 2, strict), (second, 1, -second / 2, 0)]
 
