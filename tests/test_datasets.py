@@ -133,8 +133,8 @@ def test_expression_text_has_just_the_parentheses_it_needs(seed):
 
 BAD_ARGUMENTS = [
     (
-        {"max_integer": 0, "max_value": 1, "max_operators": 1},
-        "no test problems of some forms; raise max_integer or max",
+        {"max_operators": 9, "max_integer": 99, "max_value": 1},
+        "found no train expression of kind evaluate with . operators; raise max_value or lower max_operators",
     ),
     ({"max_operators": 0}, "max_operators: 0: should be greater than 0"),
     ({"kinds": ["divide"]}, "kinds.0: divide: should be 'evaluate' or 'expand'"),
