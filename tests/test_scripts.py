@@ -22,6 +22,7 @@ from peft import PeftModel
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import generation
 import grpo_train
 import runs
 import utils
@@ -128,6 +129,38 @@ def test_batch_sizes_of_the_rollout_change_no_weight(tmp_path, finished):
         more, tolerance = (["generation_batch_size=1"], 2e-5) if key == "grpo" else ([], 0)  # different summation order
         ours = model_weights(SCRIPTS[key].train(tmp_path / f"run{number}", override, *more))
         torch.testing.assert_close(ours, model_weights(finished[key]), atol=tolerance, rtol=50 * tolerance)
+
+
+@pytest.mark.parametrize("stop", ["[]", "['</answer>']"])
+def test_plain_text_completion_ends_before_the_next_turn_in_rollouts_es_and_evaluation(
+    tmp_path, monkeypatch, script, stop
+):
+    # A base model: no chat template, and after its answer it writes the next turn.
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    written = tokenizer("<think>3+4=7</think><answer>7</answer>\n\nUser: Compute 1+1").input_ids
+    tokenizer.chat_template = None
+    shutil.copytree(TINY, tmp_path / "base", ignore=shutil.ignore_patterns("chat_template*"))
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "sevens.jsonl").write_text('{"prompt": "Compute 3+4", "answer": "7"}\n' * 20)
+    decode, columns = generation._decode, []
+
+    def begin(*arguments):
+        columns[:] = written
+        decode(*arguments)
+
+    def write(logits, uniforms, temperature):
+        return torch.full((len(logits),), columns.pop(0)), torch.zeros(len(logits))
+
+    monkeypatch.setattr(generation, "_decode", begin)
+    monkeypatch.setattr(generation, "sample", write)
+    overrides = [f"model={tmp_path / 'base'}", f"dataset={tmp_path / 'sevens.jsonl'}", f"stop={stop}", "eval_size=2"]
+    curves = scalars(script.train(tmp_path / "run", *overrides))
+    length = next(
+        n for n in range(99) if tokenizer.decode(written[:n]).endswith("User:" if stop == "[]" else "</answer>")
+    )
+    assert {value for _, value in curves["eval/strict_accuracy"]} == {1} and dict(curves["accuracy/strict"])[1] == 1
+    assert {value for _, value in curves["eval/length"]} == {length} == {dict(curves["completion/length_mean"])[1]}
+    assert dict(curves["completion/truncated"])[1] == 0
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
