@@ -205,7 +205,7 @@ class MathExprDataset(Problems):
         missing = [form for form, expressions in found.items() if not expressions]
         if missing:
             message = f"found no {self.split} expression of kind {kind} with {missing[0]} operators"
-            raise UserError(f"dataset_args: {message}; raise max_value or lower max_operators")
+            raise UserError(f"dataset_args: {message}; raise max_value, lower max_operators, or change max_integer")
         return list(found.values())
 
     def draw(self, rng, kind):

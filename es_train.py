@@ -261,7 +261,8 @@ class Population:
     def _add_to_embedding(self, module, inputs, output):
         if module not in self.selected:
             B = self._of_rows(self.noise[module.weight][1]).transpose(1, 2)
-            self.selected[module] = B * getattr(module, "embed_scale", 1)
+            scale = torch.as_tensor(getattr(module, "embed_scale", 1.0))
+            self.selected[module] = B * scale.to(B.dtype)  # rounded as in the module
         B = self.selected[module]  # (M or R, r, D)
         A = self.noise[module.weight][0].transpose(1, 2)[self.members[:, None], inputs[0]]  # (R, T, r)
         add_product(output.view(B.shape[0], -1, B.shape[2]), A.view(B.shape[0], -1, B.shape[1]), B)

@@ -2,8 +2,8 @@
 
     generate               one decode loop for rollouts, ES populations and evaluation; `sample` draws the tokens
     completion_log_probs   log-probs and entropy of completion tokens, with gradients, for GRPO's loss
-To change the sampling rule, edit `sample` and `completion_log_probs` together; otherwise, the trained policy is not the
-sampled one. Elsewhere: prompts and scores (utils.py), GRPO's loss, and the hooks that add ES's noise.
+To change the sampling rule, edit `sample` and both passes of `TokenLogProbs` together; otherwise, the trained policy is
+not the sampled one. Elsewhere: prompts and scores (utils.py), GRPO's loss, and the hooks that add ES's noise.
 
 Shapes: P prompts, G completions per prompt, B = P * G rows, T tokens, V vocabulary, D hidden size.
 """
@@ -112,11 +112,12 @@ LENGTH_BUCKET = 128  # a captured step reads the cache up to a multiple of this 
 def invert_cdf(weights, uniforms):
     """Draw an index from each row of unnormalized probabilities. weights: (B, n); uniforms: (B, 1) in [0, 1)
 
-    Return the indices (B, 1), and where within the weight of its index each draw fell (B, 1), again in [0, 1).
+    Return the indices (B, 1), and for each the position of the draw inside its index's share, (B, 1) in [0, 1), which
+    serves as the draw of the next level.
     """
     cdf = weights.cumsum(-1)
     # Scaling by the last entry compensates for rounding in the sum. right=True finds the first index whose cdf exceeds
-    # the draw, which skips weights of 0; only NaN exceeds all.
+    # the draw, which skips weights of 0. With NaN there is none: take the last index.
     draws = uniforms * cdf[:, -1:]
     index = torch.searchsorted(cdf, draws, right=True).clamp(max=cdf.shape[1] - 1)
     weight = weights.gather(-1, index)
@@ -149,8 +150,9 @@ def sample(logits, uniforms, temperature):
         blocks = blocks.view(B, -1, BLOCK)
         block, rest = invert_cdf(blocks.sum(-1), uniforms[:, None])
         token, _ = invert_cdf(blocks[torch.arange(B, device=block.device), block[:, 0]], rest)
-        tokens = block * BLOCK + token
-    return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
+        tokens = (block * BLOCK + token).clamp(max=V - 1)  # NaN would select the padding
+    smallest = torch.finfo(probs.dtype).tiny  # in rare cases, rounding in the sum selects a token with probability 0
+    return tokens[:, 0], probs.gather(-1, tokens)[:, 0].clamp(min=smallest).log()
 
 
 @dataclasses.dataclass
@@ -159,7 +161,7 @@ class DecodeSettings:
 
     max_new_tokens: int
     stop_ids: list[int]  # tokens that end a completion
-    stop_table: torch.Tensor | None = None  # texts that end a completion, see `utils.stop_table`
+    stop_table: torch.Tensor | None = None  # texts that end a completion, see `utils.stop_table`; on the model's device
     temperature: float = 1.0  # for sampling; without `uniforms`, decoding is greedy
     batch_size: int = 256  # completions decoded at once, at least those of one prompt or block
     cuda_graphs: bool = True  # on a GPU, replay decode steps from a CUDA graph
@@ -257,7 +259,6 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
     slots = torch.arange(attention_mask.shape[1], device=device)
     stop_ids, newest = torch.tensor(settings.stop_ids, device=device), torch.empty_like(position)
     stop_table, text_state = settings.stop_table, torch.zeros_like(rows)
-    stop_table = stop_table if stop_table is None else stop_table.to(device)
 
     def append_tokens(logits):
         noise = None if uniforms is None else uniforms[rows, column]
@@ -343,7 +344,8 @@ class TokenLogProbs(torch.autograd.Function):
     """Log-probs of tokens under softmax(logits / temperature), and its entropy, which has no gradient: fp32, (n,).
 
     logits: (n, V), any float dtype; tokens: (n,)
-    On a CPU, both passes process a few rows at a time, which stay in its cache.
+    `backward` must stay the derivative of `forward`. On a CPU, both process a few rows at a time, which stay in its
+    cache.
     """
 
     @staticmethod

@@ -226,7 +226,8 @@ def set_up(config, weights_dtype, autocast=False, **settings):
     if not ends:
         raise UserError(f"model: {config.model!r}: neither its tokenizer nor its generation config has an end token")
     texts = [*config.stop, *([NEXT_TURN] if tokenizer.chat_template is None else [])]
-    table = stop_table(tokenizer, texts, model.get_input_embeddings().num_embeddings) if texts else None
+    size = model.get_input_embeddings().num_embeddings
+    table = stop_table(tokenizer, texts, size).to(accelerator.device) if texts else None
     decoding = DecodeSettings(config.max_new_tokens, ends, table, cuda_graphs=config.cuda_graphs, **settings)
     return Setup(accelerator, model, tokenizer, train_set, test_set, decoding, config.stop)
 
@@ -332,11 +333,11 @@ def stop_ids(model, tokenizer):
 
 
 def stop_table(tokenizer, texts, num_tokens):
-    """Return the automaton that finds the first of `texts` in sampled tokens, however they are split: (S + 1, V) long.
+    """Return the automaton that finds the first of `texts` in sampled tokens, however they are split: (S + 1, V) int16.
 
     Its S states are the beginnings of the texts: the longest one with which the tokens so far end. Entry (s, v) is the
-    state that follows s after token v. State 0 is the start, state S has found a text. Texts whose characters the
-    tokenizer splits into single bytes are not found.
+    state that follows s after token v. State 0 is the start, state S has found a text. Raise UserError for texts that
+    it cannot find: special tokens, which have no text, and characters that the tokenizer splits into bytes.
     """
     begun = sorted({text[:length] for text in texts for length in range(len(text))}, key=len)
     last, ends = len(begun), {text[-1] for text in texts}
@@ -350,11 +351,17 @@ def stop_table(tokenizer, texts, num_tokens):
     anchor = tokenizer("a", add_special_tokens=False).input_ids[-1]
     start = len(tokenizer.decode([anchor]))
     pairs = tokenizer.batch_decode([[anchor, token] for token in range(len(tokenizer))], skip_special_tokens=True)
-    table = torch.zeros(last + 1, num_tokens, dtype=torch.long)
+    table = torch.zeros(last + 1, num_tokens, dtype=torch.int16)
     for token, pair in enumerate(pairs[:num_tokens]):
         piece = pair[start:]
         if piece.endswith(tuple(begun[1:])) or any(end in piece for end in ends) or any(piece in t for t in texts):
             table[:last, token] = torch.tensor([state_after(beginning + piece) for beginning in begun])
+    for text in texts:
+        state = 0
+        for token in tokenizer(text, add_special_tokens=False).input_ids:
+            state = last if state == last else int(table[state, token])
+        if state != last:
+            raise UserError(f"stop: {text!r}: the tokenizer has no tokens for this text; special tokens have no text")
     return table
 
 

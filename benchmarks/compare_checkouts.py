@@ -1,7 +1,7 @@
 """Compare the speed of two checkouts of this project: seconds of rollout and update, and generated tokens, per step.
 
     git worktree add ../before COMMIT
-    python benchmarks/compare_checkouts.py ../before --config recipes/grpo_math_expr_smollm2.yml model=FOLDER
+    python benchmarks/compare_checkouts.py ../before --config recipes/grpo_math_expr_smollm2.yml model=/ABSOLUTE/FOLDER
 
 Runs alternate, each in its own process and with a new seed in every round. The first step of a run does not count. Both
 checkouts must know the config's keys. An es_*.yml config runs es_train.py.
@@ -36,7 +36,7 @@ with tempfile.TemporaryDirectory() as logs:
         for number, (checkout, found) in enumerate(values.items()):
             run = [f"log_dir={logs}", f"run_name={number}-{seed}", f"seed={seed}", f"eval_every={num_steps}"]
             command = [sys.executable, script, "--config", config, *length, "eval_size=1", *run, *arguments.overrides]
-            subprocess.run(command, cwd=checkout, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            subprocess.run(command, cwd=checkout, check=True, stdout=subprocess.DEVNULL)
             events = EventAccumulator(f"{logs}/{number}-{seed}", size_guidance={"scalars": 0}).Reload()
             for name, tag in TAGS.items():
                 found[name] += (

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import re
 import types
 from unittest.mock import Mock
 
@@ -116,31 +117,51 @@ def test_a_sliding_layer_is_a_full_one_just_while_prompt_and_completion_fit_its_
 
 
 class FakeTokenizer:
-    """Tokens 0 and 1 are special, the others texts of one to four letters a and b, some with line breaks."""
+    """Tokens 0 and 1 are special, the others texts of a and b, some with line breaks or a space before them.
+
+    Like Llama 2's, it drops a space at the start of what it decodes.
+    """
 
     def __init__(self):
         letters = [["".join(text) for text in itertools.product("ab", repeat=n)] for n in range(1, 5)]
-        pieces = [*sum(letters, []), *map("\n".__add__, sum(letters[:3], [])), "\n", "\n\n"]
+        pieces = [
+            *sum(letters, []),
+            *map("\n".__add__, sum(letters[:3], [])),
+            "\n",
+            "\n\n",
+            *map(" ".__add__, letters[1]),
+        ]
         self.pieces, self.chat_template = ["", "", *pieces, *"c" * (VOCAB - 2 - len(pieces))], None
 
     def __len__(self):
         return VOCAB
 
     def __call__(self, text, **_):
-        return types.SimpleNamespace(input_ids=[self.pieces.index(text)])
+        """Split the text into its characters, with a space as part of the one that follows it."""
+        parts = re.findall(r" ..|[^ ]", text)
+        return types.SimpleNamespace(
+            input_ids=[self.pieces.index(part) if part in self.pieces else 0 for part in parts]
+        )
 
     def decode(self, tokens):
-        return "".join(self.pieces[token] for token in tokens)
+        return "".join(self.pieces[token] for token in tokens).removeprefix(" ")
 
     def batch_decode(self, rows, **_):
         return list(map(self.decode, rows))
 
 
-@pytest.mark.parametrize("stop", [["aba"], ["abba", "b\na"], ["\n\n", "bb"]], ids=str)
+@pytest.mark.parametrize("stop", [["aba"], ["abba", "b\na"], ["\n\n", "bb"], ["a ab", "aba"]], ids=str)
 @pytest.mark.parametrize("graphs", [False, True])
 def test_a_completion_ends_with_the_token_that_completes_a_stop_text_however_it_is_split(model, stop, graphs):
     tokenizer = FakeTokenizer()
     options = {"stop_table": stop_table(tokenizer, stop, VOCAB)}
+    for num_tokens in (VOCAB - 1, VOCAB + 8):  # the model has fewer embeddings than the tokenizer, or more
+        other = stop_table(tokenizer, stop, num_tokens)
+        assert other.shape[1] == num_tokens and torch.equal(
+            other[:, : VOCAB - 1], options["stop_table"][:, : VOCAB - 1]
+        )
+    with pytest.raises(UserError, match="^stop: 'az': the tokenizer has no tokens for this text"):
+        stop_table(tokenizer, [*stop, "az"], VOCAB)
 
     def is_complete(tokens):
         return tokens[-1] in STOP or any(text in tokenizer.decode(tokens) for text in stop)
@@ -242,6 +263,19 @@ def test_a_token_does_not_depend_on_the_other_rows_and_is_that_of_the_float64_di
                 logits[row : row + 1], uniforms if uniforms is None else uniforms[row : row + 1], temperature
             )
             assert [*alone] == [tokens[row : row + 1], log_probs[row : row + 1]]
+
+
+@pytest.mark.parametrize("vocab_size", [64, 1000])
+def test_a_row_of_nan_gives_a_token_of_the_vocabulary_with_log_prob_nan_and_leaves_the_others(vocab_size):
+    logits, draws = (
+        torch.randn(3, vocab_size, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([0.1, 0.5, 0.9]),
+    )
+    expected, _ = sample(logits, draws, 1.0)
+    logits[1] = torch.nan
+    tokens, log_probs = sample(logits, draws, 1.0)
+    assert tokens[1] < vocab_size and log_probs.isnan().tolist() == [False, True, False]
+    assert tokens[[0, 2]].tolist() == expected[[0, 2]].tolist()
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 6.0])

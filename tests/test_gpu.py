@@ -46,7 +46,10 @@ def capture(monkeypatch):
 LORA_IN_BF16 = {"lora": True, "dtype": torch.bfloat16}
 
 
-@pytest.mark.parametrize("kind", [{}, {"family": "llama"}, {"lora": True}, LORA_IN_BF16], ids=str)
+LARGE = {"vocab_size": 1000, "family": "gemma3", "sliding_window": 1024}  # more than one BLOCK of the vocabulary
+
+
+@pytest.mark.parametrize("kind", [{}, {"family": "llama"}, LARGE, {"lora": True}, LORA_IN_BF16], ids=str)
 def test_graphs_give_the_tokens_of_the_eager_loop(kind, capture):
     model, is_bf16 = model_on_gpu(**kind), kind == LORA_IN_BF16
     with torch.autocast("cuda", torch.bfloat16, enabled=is_bf16):
