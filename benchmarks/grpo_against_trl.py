@@ -147,7 +147,11 @@ def run(way, python, config, micro_batch):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         problems = utils.draw_problems(setup.train_set, 0, num_steps * config.prompts_per_step, config.seed)
-        rows = [{"prompt": setup.tokenizer.decode(p.ids), "answer": p.item["answer"], "ids": p.ids} for p in problems]
+        tokenizer = setup.tokenizer
+        rows = [{"prompt": tokenizer.decode(p.ids), "answer": p.item["answer"], "ids": p.ids} for p in problems]
+        for row in rows:
+            if tokenizer(row["prompt"]).input_ids != row["ids"]:  # it adds the first token by itself
+                row["prompt"] = row["prompt"].removeprefix(tokenizer.bos_token)
         (folder / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
         (folder / "config.json").write_text(config.model_dump_json())
         command = [python, __file__, "--child", way, name, "--trl-micro-batch", str(micro_batch)]
