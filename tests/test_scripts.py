@@ -290,7 +290,7 @@ def seen(folder, rank):
 
 MULTI_PROCESS = {
     # Five prompts and seven evaluation problems do not divide by two. Sequence means and the KL have their own sums.
-    "grpo": ["eval_size=7", "prompts_per_step=5", "seed=1"],
+    "grpo": ["eval_size=7", "prompts_per_step=5", "seed=2"],
     "grpo-sequence": ["eval_size=7", "prompts_per_step=5", "kl_weight=0.05", "loss_normalization=sequence"],
     "es": ["eval_size=7", "population_size=5"],
     "es-gaussian": ["eval_size=7", "perturbation=gaussian", "antithetic=true"],
