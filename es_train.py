@@ -41,7 +41,7 @@ from typing import Literal
 
 import torch
 from peft import PeftModel
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import nn
 
 import utils
@@ -55,7 +55,7 @@ from utils import draw_problems, gather_scores, non_finite, schedule_factor, sco
 
 class ESConfig(utils.RunConfig):
     # Population
-    num_iterations: PositiveInt = 60
+    num_iterations: NonNegativeInt = 60
     prompts_per_iteration: PositiveInt = 16
     population_size: int = Field(32, ge=2)  # z-scores compare members
     perturbation: Literal["low_rank", "gaussian"] = "low_rank"
@@ -340,7 +340,7 @@ def train(config, setup, run, master, shapes):
         learning_rate = config.learning_rate * schedule_factor(config.lr_schedule, step, config.num_iterations)
 
         # 1. Draw P prompts, the same for all members.
-        problems = draw_problems(setup.train_set, step, P, config.seed)
+        problems = draw_problems(setup.train_set, run.state["prompts"], P, config.seed)
 
         # 2. Perturb the weights N times. Every member answers the prompts, and its completions are scored.
         rows = []
@@ -372,12 +372,11 @@ def train(config, setup, run, master, shapes):
             "es/tie_rate": ties.sum() / (N * (N - 1)),
             "es/noise_scale": noise_scale,
             "optim/learning_rate": learning_rate,
-            "progress/prompts": (step + 1) * P,
         }
         # `load_progress` replays the update from z and learning_rate.
         record = {"z": z.tolist(), "learning_rate": learning_rate, "noise_scale": noise_scale}
         record["rewards"] = None if skipped else rewards.tolist()
-        run.log(step, scores, metrics, skipped, no_signal=metrics["es/tie_rate"] == 1, **record)
+        run.log(step, scores, metrics, skipped, num_prompts=P, signal_share=float(1 - metrics["es/tie_rate"]), **record)
 
 
 def main(config):

@@ -17,6 +17,9 @@ Departures from the paper:
 - pi_old comes from the first training pass, not from the sampler, so ratio_t is exactly 1 in the first update. With
   updates_per_step 1, the default, clipping and ratio_level therefore have no effect.
 - Equal rewards in a group give advantages of exactly 0. Completions of advantage 0 are skipped when kl_weight is 0.
+- With max_sampling_rounds above 1, a step draws P more prompts, up to this many times, until rewards differ within P
+  groups (DAPO, section 3.2). It trains on all such groups, not on P of them, and still averages the loss over all
+  groups: if most of them tie, the gradient is small.
 
     python grpo_train.py
     python grpo_train.py --config recipes/grpo_gsm8k.yml
@@ -28,7 +31,7 @@ Where to make changes: the advantage in `group_advantages`; the loss in `policy_
 `micro_batch_loss` and TOKEN_METRICS. Elsewhere: sampling and log-probs (generation.py), rewards (reward.py),
 checkpoints and logs (runs.py).
 
-Shapes: P prompts, G completions per prompt, B = P * G rows, b rows in a micro-batch, T tokens.
+Shapes: P prompts, G completions per prompt, B rows of all groups, b rows in a micro-batch, T tokens.
 """
 
 import contextlib
@@ -41,13 +44,13 @@ from typing import Annotated, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors.torch import load_file, save_file
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 import utils
-from generation import completion_log_probs, generate, inner_model, shares_prompts
+from generation import Completions, completion_log_probs, generate, inner_model, shares_prompts
 from reward import UserError
 from runs import Run, run_identity
 from utils import draw_problems, gather_scores, non_finite, schedule_factor, score_completions, share
@@ -67,8 +70,9 @@ class GRPOConfig(utils.RunConfig):
     lora: LoRA | None = LoRA()
     gradient_checkpointing: bool = False
     # Rollout
-    num_steps: PositiveInt = 60
+    num_steps: NonNegativeInt = 60
     prompts_per_step: PositiveInt = 32
+    max_sampling_rounds: PositiveInt = 1
     group_size: int = Field(8, ge=2)  # a group of one has nothing to compare with
     temperature: PositiveFloat = 1.0
     # Objective
@@ -83,19 +87,13 @@ class GRPOConfig(utils.RunConfig):
     # Optimizer
     learning_rate: PositiveFloat = 1e-3
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_steps: int = Field(5, ge=0)
+    warmup_steps: NonNegativeInt = 5
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
     # Memory and speed, logs
     micro_batch_tokens: PositiveInt = 4096
     generation_batch_size: PositiveInt = 256
     log_dir: str = "grpo_logs"
-
-    @model_validator(mode="after")
-    def warmup_ends(self):
-        if self.warmup_steps >= self.num_steps:
-            raise ValueError(f"warmup_steps: {self.warmup_steps}: should be less than num_steps, {self.num_steps}")
-        return self
 
 
 # --- The math ---------------------------------------------------------------------------------------------------------
@@ -415,27 +413,37 @@ def train(config, setup, run, optimizer, frozen_copy=None):
     P, G, K = config.prompts_per_step, config.group_size, config.updates_per_step
     mine = share(P, accelerator)  # the slice of the prompts that this process completes
     for step in run.steps():
-        # 1. Draw P prompts, and sample G completions of each from the current policy. Each process takes its share.
-        with run.phase("rollout"):
-            problems = draw_problems(setup.train_set, step, P, config.seed)[mine]
-            generator = utils.seeded_generator(config.seed, "rollout", step)
-            uniforms = torch.rand(P, G, config.max_new_tokens, generator=generator)  # for `sample`
-            completions = rollout(policy, problems, uniforms[mine], setup.settings, accelerator)
+        generator = utils.seeded_generator(config.seed, "rollout", step)
+        problems, rounds, rows = [], [], []  # of this process
+        for _ in range(config.max_sampling_rounds):  # dynamic sampling: until rewards differ within P groups
+            # 1. Draw P prompts, and sample G completions of each from the current policy. Each process takes its share.
+            with run.phase("rollout"):
+                start = run.state["prompts"] + len(rounds) * P
+                drawn = draw_problems(setup.train_set, start, P, config.seed)[mine]
+                uniforms = torch.rand(P, G, config.max_new_tokens, generator=generator)  # for `sample`
+                rounds.append(rollout(policy, drawn, uniforms[mine], setup.settings, accelerator))
+                problems += drawn
 
-        # 2. Score every completion. Gather the scores of all processes: {name: (P * G,)}.
-        with run.phase("reward"):
-            problem_of_row = [problem for problem in problems for _ in range(G)]
-            rows = score_completions(config.rewards, completions, setup, problem_of_row)
-            scores = gather_scores(rows, accelerator.device)
+            # 2. Score every completion. Gather the scores of all processes: {name: (B,)}.
+            with run.phase("reward"):
+                problem_of_row = [problem for problem in drawn for _ in range(G)]
+                rows += score_completions(config.rewards, rounds[-1], setup, problem_of_row)
+                scores = gather_scores(rows, accelerator.device)
+            rewards = scores["reward"].view(-1, G)
+            tied = rewards.amax(1) == rewards.amin(1)  # (groups,)
+            if (~tied).sum() >= P:
+                break
+        own = slice(len(rounds) * mine.start, len(rounds) * mine.stop)  # the groups of this process
+        completions = Completions(*map(torch.cat, zip(*(vars(part).values() for part in rounds), strict=True)))
         skipped = non_finite(scores)  # the reason to skip the update, or None
 
-        # 3. Compute advantages within each group, and the weight of each completion's tokens in the loss, (P, G).
-        rewards = scores["reward"].view(P, G)
+        # 3. Compute advantages within each group, and the weight of each completion's tokens in the loss, (groups, G).
         advantages = group_advantages(rewards, config.scale_advantages)
-        lengths = scores["length"]  # (P * G,)
+        lengths = scores["length"]  # (B,)
         if config.mask_truncated:
             lengths = lengths * (1 - scores["truncated"])
-        loss_weights = token_weights(lengths, config.loss_normalization, config.max_new_tokens).view(P, G)
+        loss_weights = token_weights(lengths, config.loss_normalization, config.max_new_tokens).view(-1, G)
+        has_signal = (loss_weights * advantages != 0).any(1)  # (groups,)
         if config.kl_weight == 0:  # zero-advantage completions contribute no gradient: skip their forward pass
             loss_weights = torch.where(advantages == 0, 0.0, loss_weights)
 
@@ -445,7 +453,7 @@ def train(config, setup, run, optimizer, frozen_copy=None):
         losses, grad_norm, values = torch.zeros(2), 0.0, {name: [] for name in TOKEN_METRICS}
         with run.phase("update"):
             prompts = [problem.ids for problem in problems]
-            local = prompts, completions, advantages[mine].flatten(), loss_weights[mine].flatten()
+            local = prompts, completions, advantages[own].flatten(), loss_weights[own].flatten()
             num_slots = max(map(len, prompts)) + config.max_new_tokens
             can_share = shares_prompts(inner_model(policy), num_slots)
             batches = make_micro_batches(*local, config.micro_batch_tokens, can_share)
@@ -459,7 +467,7 @@ def train(config, setup, run, optimizer, frozen_copy=None):
         token_stats = utils.summarize(values, accelerator)  # {name: (mean, min, max)}
         metrics = {
             "reward/group_std": rewards.std(dim=1).mean(),
-            "reward/zero_variance_groups": (rewards.amax(1) == rewards.amin(1)).float().mean(),
+            "reward/zero_variance_groups": tied.float().mean(),
             **{f"policy/{name}": mean for name, (mean, _, _) in token_stats.items()},
             **{f"policy/{name}_min": low for name, (_, low, _) in token_stats.items() if name in EXTREMES},
             **{f"policy/{name}_max": high for name, (_, _, high) in token_stats.items() if name in EXTREMES},
@@ -467,9 +475,8 @@ def train(config, setup, run, optimizer, frozen_copy=None):
             "optim/kl_term": losses[1],
             "optim/grad_norm": grad_norm,
             "optim/learning_rate": learning_rate,
-            "progress/prompts": (step + 1) * P,
         }
-        run.log(step, scores, metrics, skipped, no_signal=metrics["reward/zero_variance_groups"] == 1)
+        run.log(step, scores, metrics, skipped, num_prompts=len(tied), signal_share=float(has_signal.sum() / P))
 
 
 def main(config):

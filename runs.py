@@ -1,7 +1,7 @@
 """Everything about a training run except the algorithm: the loop over `run.steps()` trains; Run does the rest.
 
     Run           evaluates, logs and saves when due; stops on a signal; resumes; synchronizes processes
-    folder        log_dir/run_name/{config.yml, identity.json, journal.jsonl (ES), checkpoints/, model/, events}
+    folder        log_dir/run_name/{config.yml, identity.json, journal.jsonl (ES), checkpoints/, best/, model/, events}
     checkpoints   written atomically, with a checksum per file; damaged ones are reported and skipped
 To add a metric, add it to `metrics` in a script's train(). Elsewhere: the content of a checkpoint (`save_progress` in
 each script), evaluation (utils.evaluate), the algorithms.
@@ -38,9 +38,31 @@ FREE_KEYS = {"model", "cache_dir", "device", "cuda_graphs", "gradient_checkpoint
 FREE_KEYS |= {"generation_batch_size", "population_batch", "eval_every", "checkpoint_every", "keep_checkpoints"}
 FREE_KEYS |= {"max_skipped_steps", "log_dir", "run_name", "resume"}
 
+# Each warning is printed once, after its number of consecutive steps with strict accuracy below LOW_ACCURACY: what was
+# wrong in them, and what to try. See `Run._warn` for the rules.
+LOW_ACCURACY = 0.3
+WARNINGS = {
+    "no signal": (
+        3,
+        "no completion had a nonzero advantage in the loss: all rewards tied, or truncated completions were masked",
+        "examples, the rewards lenient_accuracy and tag_count, or a larger max_new_tokens",
+    ),
+    "ties": (
+        10,
+        "rewards tied in most groups or pairs of members, so that few completions determined the updates",
+        "max_sampling_rounds or a larger group_size (GRPO), a larger noise_scale (ES), or easier problems",
+    ),
+    "entropy": (
+        10,
+        "the entropy was below a tenth of its first value, so that the samples hardly differed",
+        "a new run with a lower or decaying learning_rate, more completions per step, or kl_weight",
+    ),
+}
+
 BAR = "{desc:8} {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"  # fits into 80 columns
-STEPS_FOR_A_SIGNAL = 3  # warn if none of this many steps from the start has a learning signal
 SECONDS_BETWEEN_LINES = 30  # without a terminal for the progress bar
+EVALUATION = "evaluation.json"  # in best/ and model/: step and accuracy of their weights
+PROGRESS = ("prompts", "completions", "generated_tokens", "seconds")  # counted over the whole run
 
 
 class Run:
@@ -123,10 +145,10 @@ class Run:
         that resumes the run.
         """
         if not self.state:
-            self.state = {"step": 0, "seconds": 0.0, "generated_tokens": 0, "skipped_steps": 0, "skipped_in_a_row": 0}
-            self.state["steps_without_signal"] = 0
+            counts = ["step", *PROGRESS, "skipped_steps", "skipped_in_a_row", "entropy", "first_entropy"]
+            self.state = dict.fromkeys(counts, 0) | {"warnings": dict.fromkeys([*WARNINGS, "below best"], 0)}
             self.state["before"] = self._evaluate()
-            self._commit(save=self.journal is None)
+            self._commit(save=self.num_steps > 0 and self.journal is None)
         self.progress.unpause()  # start its clock
         self.last_line = time.monotonic()
         with stop_signals() as received:
@@ -155,11 +177,13 @@ class Run:
             torch.cuda.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def log(self, step, scores, metrics, skipped=None, no_signal=False, **record):
+    def log(self, step, scores, metrics, skipped=None, *, num_prompts, signal_share, **record):
         """Log a finished step: `metrics`, and metrics of its completions.
 
-        scores: {name: (B,)}; skipped: the reason if the update was skipped, else None; no_signal: True if the rewards
-        tied in every group or in the population; record: JSON values to keep in the state
+        scores: {name: (B,)}; skipped: the reason if the update was skipped, else None; num_prompts: drawn in this step
+        signal_share: the number of groups with a nonzero advantage in the loss, divided by prompts_per_step; for ES,
+            the share of pairs of members whose rewards differ
+        record: JSON values to keep in the state
         """
         seconds, num_tokens, state = time.perf_counter() - self.step_start, scores["length"].sum(), self.state
         self.state = {
@@ -167,10 +191,11 @@ class Run:
             **record,
             "step": step + 1,
             "seconds": state["seconds"] + seconds,
+            "prompts": state["prompts"] + num_prompts,
+            "completions": state["completions"] + len(scores["length"]),
             "generated_tokens": state["generated_tokens"] + int(num_tokens),
             "skipped_steps": state["skipped_steps"] + bool(skipped),
             "skipped_in_a_row": state["skipped_in_a_row"] + 1 if skipped else 0,
-            "steps_without_signal": state["steps_without_signal"] + bool(no_signal),
             "after": None,
         }
         metrics = {
@@ -181,22 +206,15 @@ class Run:
             **{f"time/{name}": value for name, value in self.seconds.items()},
             "throughput/tokens_per_second": num_tokens / seconds,
             "throughput/rollout_tokens_per_second": num_tokens / self.seconds.get("rollout", seconds),
-            "progress/completions": (step + 1) * len(scores["length"]),
-            "progress/generated_tokens": self.state["generated_tokens"],
-            "progress/seconds": self.state["seconds"],
+            **{f"progress/{name}": self.state[name] for name in PROGRESS},
         }
         if torch.cuda.is_available():
             metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._write_scalars(metrics, step + 1)
         self._show_progress(metrics)
-        if self.state["steps_without_signal"] == step + 1 == STEPS_FOR_A_SIGNAL:
-            right, formatted = (float(scores[f"accuracy/{name}"].mean()) for name in ("strict", "format"))
-            self.say(
-                f"no signal: rewards tied in every group or population of the first {step + 1} steps, so nothing was "
-                f"learned. In the last step, {right:.0%} of the completions are correct and {formatted:.0%} have the "
-                "format. Try examples, the rewards lenient_accuracy and tag_count, or a larger max_new_tokens."
-            )
-        if skipped:
+        if not skipped:
+            self._warn(metrics, signal_share)
+        else:
             in_a_row = self.state["skipped_in_a_row"]
             self.say(f"step {step + 1} skipped: {skipped}")
             if in_a_row >= self.config.max_skipped_steps:
@@ -205,6 +223,23 @@ class Run:
                     f"max_skipped_steps: {in_a_row} consecutive steps were skipped, the last because {skipped}; "
                     f"the last checkpoint before them: {good[0] if good else 'none'}"
                 )
+
+    def _warn(self, metrics, signal_share):
+        """Warn once when a rule of WARNINGS has applied for its number of consecutive steps."""
+        counts, first = self.state["warnings"], self.state["first_entropy"]
+        entropy = self.state["entropy"] = float(metrics.get("policy/entropy", self.state["entropy"]))
+        self.state["first_entropy"] = first or entropy
+        applies = {"no signal": signal_share == 0, "ties": signal_share < 0.5, "entropy": entropy < first / 10}
+        for name, (num_steps, what, advice) in WARNINGS.items():
+            if counts[name] < num_steps:
+                is_low = metrics["accuracy/strict"] < LOW_ACCURACY
+                counts[name] = counts[name] + 1 if applies[name] and is_low else 0
+                if counts[name] == num_steps:
+                    self.say(
+                        f"{name}: for {num_steps} steps, {what}. In the last step, {metrics['accuracy/strict']:.0%} of "
+                        f"the samples were correct, {metrics['accuracy/format']:.0%} had the format and "
+                        f"{metrics['completion/truncated']:.0%} were truncated. Try {advice}."
+                    )
 
     def say(self, text):
         """Print a line above the progress bar, from the first process only."""
@@ -224,6 +259,7 @@ class Run:
             self.say(f"{step:6d}/{self.num_steps}  {status}, {tqdm.format_interval(left)} left")
 
     def _evaluate(self):
+        """Evaluate and log the result. Save the weights in best/ if strict accuracy is the highest so far."""
         self.progress.set_description_str("evaluate")
         start, step = time.perf_counter(), self.state["step"]
         metrics, items, texts = self.evaluate()
@@ -234,10 +270,33 @@ class Run:
             self.by_tokens.add_scalar("by_tokens/strict_accuracy", strict, thousands, walltime=clock)
             self.by_tokens.add_scalar("by_tokens/lenient_accuracy", lenient, thousands, walltime=clock)
             self.by_tokens.flush()
+            self.say(f"step {step:4d}  held-out: strict {strict:.1%}, lenient {lenient:.1%}\n{examples(items, texts)}")
         scalars = {f"eval/{name}": value for name, value in metrics.items()}
         self._write_scalars({**scalars, "time/evaluate": time.perf_counter() - start}, step)
-        self.say(f"step {step:4d}  held-out: strict {strict:.1%}, lenient {lenient:.1%}")
-        return {"strict": strict, "lenient": lenient}
+        result, best = {"step": step, "strict": strict, "lenient": lenient}, self.state.get("best")
+        if not best or strict > best["strict"]:
+            self.state["best"] = result
+            if step and self.is_main:
+                self._save_model(self.folder / "best", result)
+        elif self._is_below_best(result) and not self.state["warnings"]["below best"]:
+            self.state["warnings"]["below best"] = 1
+            reached = f"{best['strict']:.1%} after step {best['step']}"
+            self.say(
+                f"below best: strict accuracy is significantly lower than {reached}. "
+                "Try a new run with a lower or decaying learning_rate, or more completions per step."
+            )
+        return result
+
+    def _is_below_best(self, result):
+        """Return True if accuracy has fallen by more than the 95% interval of a difference of two shares."""
+        now, best = result["strict"], self.state["best"]["strict"]
+        variance = (now * (1 - now) + best * (1 - best)) / len(self.setup.test_set)
+        return best - now > 1.96 * math.sqrt(variance)
+
+    def _save_model(self, folder, result):
+        with whole_folder(folder) as partial:
+            save_model(self.setup.model, self.setup.tokenizer, partial)
+            (partial / EVALUATION).write_text(json.dumps(result))
 
     def _write_scalars(self, metrics, step):
         if self.is_main:
@@ -265,12 +324,13 @@ class Run:
         self.saved_step = self.state["step"]
 
     def _finish(self):
-        self._save()
+        if self.num_steps:
+            self._save()
         if self.state["step"] < self.num_steps:
             self.progress.close()
             self.say(f"stopped after step {self.state['step']}; to resume:\n    {resume_command(self.folder)}")
         else:
-            after = self.state.get("after") or self._evaluate()
+            after = self.state.get("after") or (self._evaluate() if self.num_steps else self.state["before"])
             self.progress.close()
             if self.is_main:
                 self._print_result(after)
@@ -280,12 +340,21 @@ class Run:
 
     def _print_result(self, after):
         self.tensorboard.file_writer.add_summary(hparams({}, {})[2])  # marks the run as finished in HPARAMS
-        print_summary(self.state["before"], after, len(self.setup.test_set))
+        print_summary([self.state["before"], after][: 1 + bool(self.num_steps)], len(self.setup.test_set))
+        if self.num_steps == 0:
+            return
+        model, path, best = self.setup.model, self.folder / "model", self.state["best"]
+        if best["step"] == 0:
+            print("No evaluation was better than the one before training.")
+        elif best["step"] < self.num_steps:
+            reached = f"{best['strict']:.1%} after step {best['step']}"
+            print(f"Best evaluation: strict {reached}, saved in {self.folder / 'best'}.")
+            print("It was selected on the held-out problems, so its accuracy is optimistic.")
+            if self._is_below_best(after):
+                print("The final model is significantly worse. Use best/.")
         seconds, total = self.state["seconds"], time.perf_counter() - self.start
         print(f"The training steps took {seconds:.0f} s in total. This process ran for {total:.0f} s.")
-        model, path = self.setup.model, self.folder / "model"
-        with whole_folder(path) as partial:
-            save_model(model, self.setup.tokenizer, partial)
+        self._save_model(path, after)
         print(f"TensorBoard: tensorboard --logdir={self.config.log_dir}\nSaved the model to {path}. To load it:")
         if hasattr(model, "peft_config"):
             base = model.peft_config["default"].base_model_name_or_path
@@ -342,6 +411,19 @@ def completion_table(items, texts):
     return f"<table>{''.join(rows)}</table>"
 
 
+def examples(items, texts):
+    """Format the first correct and the first wrong completion, one line each, shortened in the middle."""
+    lines = {}
+    for item, text in zip(items, texts, strict=True):
+        name = "right" if strict_correct(text, item["answer"]) else "wrong"
+        if name not in lines:
+            shown = (item["prompt"], text, item["answer"])
+            prompt, text, answer = ("".join(c if c.isprintable() else " " for c in x) for x in shown)
+            text = text if len(text) <= 80 else f"{text[:40]} ... {text[-35:]}"
+            lines[name] = f"    {name}  {prompt[-40:]} -> {text}{f' (answer: {answer[:40]})' * (name == 'wrong')}"
+    return "\n".join(lines[name] for name in sorted(lines))
+
+
 def wilson_interval(successes, trials):
     """Return the 95% confidence interval of a proportion (Wilson 1927), which stays within [0, 1]."""
     z, share = 1.96, successes / trials
@@ -350,12 +432,12 @@ def wilson_interval(successes, trials):
     return (center - spread) / (1 + z * z / trials), (center + spread) / (1 + z * z / trials)
 
 
-def print_summary(before, after, num_problems):
-    """Print held-out accuracy with its 95% interval. before, after: {"strict": accuracy, "lenient": accuracy}"""
+def print_summary(results, num_problems):
+    """Print held-out accuracy with its 95% interval. results: [{"strict": accuracy, "lenient": accuracy}], in order"""
     print(f"\nHeld-out accuracy, greedy decoding, {num_problems} problems (95% interval)")
-    for name in before:
+    for name in ("strict", "lenient"):
         cells = []
-        for share in (before[name], after[name]):
+        for share in (result[name] for result in results):
             low, high = wilson_interval(round(share * num_problems), num_problems)
             cells.append(f"{share:6.1%} ({low:.1%} to {high:.1%})")
         print(f"    {name:8}{'  ->  '.join(cells)}")

@@ -71,6 +71,7 @@ class RunConfig(Config):
     dataset: str = "math_expr"
     dataset_args: dict[str, JsonValue] = {}
     system_prompt: str = "Think step by step in <think></think>, then answer in <answer></answer>."
+    chat_template_kwargs: dict[str, JsonValue] = {}
     examples: list[Example] = []
     stop: list[Annotated[str, Field(min_length=1)]] = []
     rewards: dict[str, float] = Field({"accuracy": 1.0, "format": 0.1}, min_length=1)
@@ -149,7 +150,7 @@ def run_from_command_line(main, config_class, default_path):
     parser.add_argument("--config", default=default_path, help="YAML file (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys to override, see the YAML file")
     arguments = parser.parse_args()
-    sys.stdout.reconfigure(line_buffering=True)  # so that a log file can be followed
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # a log file can be followed; any text can be printed
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for Ctrl-C while loading; Run has its own handler
     try:
         main(load_config(config_class, arguments.config, arguments.overrides))
@@ -216,7 +217,7 @@ def set_up(config, weights_dtype, autocast=False, **settings):
         raise UserError(f"eval_size: {len(test_items)} held-out problems: expected at least 1 for each process")
     set_seed(config.seed)  # determines an adapter's initial weights in every process
     model = load_model(config.model, weights_dtype, accelerator.device, config.cache_dir)
-    tokenizer = load_tokenizer(config.model, config.cache_dir)
+    tokenizer = load_tokenizer(config.model, config.cache_dir, config.chat_template_kwargs)
     train_set, test_set = (
         list(map(Problem, items, encode_prompts(tokenizer, items, config.system_prompt, config.examples)))
         for items in (list(train_items), test_items)
@@ -298,14 +299,21 @@ def check_decodable(model):
         raise ValueError(f"{type(model).__name__} is not supported: {reason}")
 
 
-def load_tokenizer(name, cache_dir=None):
-    """Load the model's tokenizer. Report unusual chat templates once."""
+def load_tokenizer(name, cache_dir=None, template_kwargs=None):
+    """Load the model's tokenizer, and bind `template_kwargs` to its chat template. Report unusual templates once."""
     if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "tokenizer_config.json").is_file():
         name = PeftConfig.from_pretrained(name).base_model_name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
     except (OSError, ValueError) as error:
         raise UserError(f"model: {name!r} has no tokenizer: {one_line(error)}") from None
+    for key in template_kwargs or {}:
+        is_used = re.search(rf"\b{re.escape(key)}\b", tokenizer.chat_template or "")
+        if not is_used or key in ("messages", "add_generation_prompt"):
+            raise UserError(f"chat_template_kwargs: {key}: the model's chat template has no such argument")
+    # Templates that insert today's date use date_string if given: a run that resumes tomorrow needs the same prompts.
+    arguments = {"date_string": "26 Jul 2024", **(template_kwargs or {})}
+    tokenizer.apply_chat_template = functools.partial(tokenizer.apply_chat_template, **arguments)
     if tokenizer.chat_template is None:
         say_once(f"{name} has no chat template: using plain-text prompts, {PLAIN_TURN!r}, until {NEXT_TURN!r}")
     elif answer_start(tokenizer):
@@ -443,10 +451,8 @@ def encode_prompts(tokenizer, items, system_prompt, examples=()):
 
 
 def _apply_template(tokenizer, chats, add_generation_prompt=True):
-    # Templates that insert today's date use date_string if given: a run that resumes tomorrow needs the same prompts.
-    options = {"add_generation_prompt": add_generation_prompt, "tokenize": False, "date_string": "26 Jul 2024"}
     try:
-        return tokenizer.apply_chat_template(chats, **options)
+        return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
         raise UserError(f"model: its chat template fails: {one_line(error)}") from None
 
@@ -464,9 +470,9 @@ def answer_start(tokenizer):
     return "".join(found[0].split()) if found else ""
 
 
-def draw_problems(problems, step, count, seed):
-    """Return the `count` problems of `step`. Each epoch passes over all problems in a new order."""
-    drawn, start = [], step * count
+def draw_problems(problems, start, count, seed):
+    """Return the next `count` problems after the first `start`. Each epoch passes over all problems in a new order."""
+    drawn = []
     while len(drawn) < count:
         epoch, offset = divmod(start + len(drawn), len(problems))
         order = torch.randperm(len(problems), generator=seeded_generator(seed, "data", epoch)).tolist()

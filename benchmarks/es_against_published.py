@@ -62,8 +62,8 @@ class Published:
     def take_step(self, step):
         """Make one step. Return its seconds and the number of generated tokens."""
         start = time.perf_counter()
-        config, tokenizer = self.config, self.setup.tokenizer
-        problems = utils.draw_problems(self.setup.train_set, step, config.prompts_per_iteration, config.seed)
+        config, tokenizer, P = self.config, self.setup.tokenizer, self.config.prompts_per_iteration
+        problems = utils.draw_problems(self.setup.train_set, step * P, P, config.seed)
         prompts = {"input_ids": [problem.ids for problem in problems]}
         inputs = tokenizer.pad(prompts, padding_side="left", return_tensors="pt")
         seeds, rewards, num_tokens = self.rng.randint(0, 2**30, size=config.population_size).tolist(), [], 0

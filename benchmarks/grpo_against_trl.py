@@ -18,11 +18,15 @@ computes all groups. The output has the share of zero-variance groups.
 
 A step lasts from its start to the start of the next one, logging included; the first and the last do not count. Rollout
 is `model.generate` and the code around it in TRL, and the rollout phase here. Memory is the resident size of a process.
-Both final adapters answer the same held-out problems greedily. Without --trl-python, only this project runs.
+All adapters answer the same held-out problems greedily. Without --trl-python, only this project runs. To compare what
+is learned in the same training time, raise --steps and give --seconds:
+
+    python benchmarks/grpo_against_trl.py --trl-python TRL/bin/python --steps 999 --seconds 1200 --saves 6 ...
 """
 
 import argparse
 import json
+import math
 import re
 import statistics
 import subprocess
@@ -39,7 +43,29 @@ def resident_mib(field):
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
-# --- Training: each method runs in its own process and saves its adapter in folder/model ------------------------------
+# --- Training: each method runs in its own process and saves its adapter in folder/stepN -----------------------------
+
+
+class Clock:
+    """Notes when steps start, and saves the adapter at even intervals of training time and after the last step."""
+
+    def __init__(self, folder, config):
+        self.folder, self.limit, self.num_saves = folder, config.pop("seconds"), config.pop("saves")
+        self.num_steps, self.trained, self.notes = config["num_steps"], 0.0, {"starts": [], "saved": []}
+
+    def begin_step(self):
+        self.notes["starts"].append(time.perf_counter())
+        self.notes.setdefault("before", resident_mib("VmRSS"))
+
+    def end_step(self, save):
+        """Call save(path) if it is time. Return True if the training time is over."""
+        starts, saved = self.notes["starts"], self.notes["saved"]
+        self.trained += time.perf_counter() - starts[-1]
+        is_last = self.trained >= self.limit or len(starts) == self.num_steps
+        if is_last or self.trained >= self.limit * (len(saved) + 1) / self.num_saves:
+            saved.append((str(self.folder / f"step{len(starts)}"), self.trained, len(starts)))
+            save(saved[-1][0])
+        return is_last
 
 
 def train_with_trl(folder, config, micro_batch):
@@ -56,12 +82,14 @@ def train_with_trl(folder, config, micro_batch):
     problems = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(config["model"])
     assert all(tokenizer(p["prompt"]).input_ids == p["ids"] for p in problems), "prompt token ids differ"
-    starts, memory, rollout, lora = [], [], [], config["lora"]
+    clock, rollout, lora = Clock(folder, config), [], config["lora"]
 
-    class Starts(TrainerCallback):
+    class Steps(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
-            starts.append(time.perf_counter())
-            memory.append(resident_mib("VmRSS"))
+            clock.begin_step()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop |= clock.end_step(trainer.save_model)
 
     class TimedTrainer(GRPOTrainer):
         def _generate_single_turn(self, *args, **kwargs):
@@ -78,7 +106,7 @@ def train_with_trl(folder, config, micro_batch):
         peft_config=LoraConfig(
             r=lora["rank"], lora_alpha=lora["alpha"], target_modules=lora["target_modules"], task_type="CAUSAL_LM"
         ),
-        callbacks=[Starts()],
+        callbacks=[Steps()],
         args=GRPOConfig(
             output_dir=str(folder / "trl"),
             use_cpu=True,
@@ -107,9 +135,7 @@ def train_with_trl(folder, config, micro_batch):
         ),
     )
     trainer.train()
-    trainer.save_model(str(folder / "model"))
-    history = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
-    return {"starts": starts, "before": memory[0], "rollout": rollout, "rewards": history}
+    return clock.notes | {"rollout": rollout}
 
 
 def train_here(folder, config):
@@ -117,33 +143,33 @@ def train_here(folder, config):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     import grpo_train
+    from utils import save_model
 
-    starts, memory = [], []
+    clock = Clock(folder, config)
 
     class TimedRun(grpo_train.Run):
         def steps(self):
             for step in super().steps():
-                starts.append(time.perf_counter())
-                memory.append(resident_mib("VmRSS"))
+                clock.begin_step()
                 yield step
+                if clock.end_step(lambda path: save_model(self.setup.model, self.setup.tokenizer, path)):
+                    return
 
     grpo_train.Run = TimedRun
     grpo_train.main(grpo_train.GRPOConfig(**config | {"eval_size": 1, "log_dir": str(folder), "run_name": "run"}))
-    (folder / "run" / "model").rename(folder / "model")
     events = EventAccumulator(str(folder / "run"), size_guidance={"scalars": 0}).Reload()
-    tags = {"rollout": "time/rollout", "rewards": "reward/mean", "equal": "reward/zero_variance_groups"}
-    scalars = {name: [event.value for event in events.Scalars(tag)] for name, tag in tags.items()}
-    return {"starts": starts, "before": memory[0], **scalars}
+    tags = {"rollout": "time/rollout", "equal": "reward/zero_variance_groups"}
+    return clock.notes | {name: [event.value for event in events.Scalars(tag)] for name, tag in tags.items()}
 
 
 # --- Runs and report --------------------------------------------------------------------------------------------------
 
 
-def run(way, python, config, micro_batch):
-    """Train in a separate process. Return its measurements and the accuracy of its adapter."""
+def run(way, python, config, micro_batch, seconds, saves):
+    """Train in a separate process. Print the accuracy of its adapters over time. Return its measurements."""
     import utils
 
-    setup, num_steps = utils.set_up(config, "float32"), config.num_steps
+    setup, num_steps = utils.set_up(config, "float32", autocast=config.dtype == "bfloat16"), config.num_steps
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         problems = utils.draw_problems(setup.train_set, 0, num_steps * config.prompts_per_step, config.seed)
@@ -153,14 +179,19 @@ def run(way, python, config, micro_batch):
             if tokenizer(row["prompt"]).input_ids != row["ids"]:  # it adds the first token by itself
                 row["prompt"] = row["prompt"].removeprefix(tokenizer.bos_token)
         (folder / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        (folder / "config.json").write_text(config.model_dump_json())
+        (folder / "config.json").write_text(json.dumps({**config.model_dump(), "seconds": seconds, "saves": saves}))
         command = [python, __file__, "--child", way, name, "--trl-micro-batch", str(micro_batch)]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{way} failed:\n{done.stderr[-3000:]}")
-        setup.model = utils.load_model(str(folder / "model"), "float32", "cpu")
-        accuracy = utils.evaluate(setup)[0]["strict_accuracy"]
-        return {**json.loads((folder / "result.json").read_text()), "accuracy": accuracy}
+        result = json.loads((folder / "result.json").read_text())
+        for path, trained, step in result["saved"]:
+            setup.model = utils.load_model(path, config.dtype, "cpu")
+            result["accuracy"] = utils.evaluate(setup)[0]["strict_accuracy"]
+            print(
+                f"{way}, seed {config.seed}: {result['accuracy']:.1%} after {trained:.0f} s, {step} steps", flush=True
+            )
+        return result
 
 
 def spread(values, form):
@@ -171,7 +202,7 @@ def report(results):
     """Print the table. results: {way: runs}"""
     seconds = {}
     print("\n| median (range) | seconds per step | rollout | everything else | strict accuracy after training ", end="")
-    print("| reward, last 5 steps | peak memory, MiB | added by training |\n|---|---|---|---|---|---|---|---|")
+    print("| peak memory, MiB | added by training |\n|---|---|---|---|---|---|---|")
     for way, runs in results.items():
         steps = [b - a for run in runs for a, b in zip(run["starts"][1:], run["starts"][2:], strict=False)]
         rollouts = [second for run in runs for second in run["rollout"][1:-1]]
@@ -181,7 +212,6 @@ def report(results):
             spread(rollouts, "{:.2f}"),
             spread([step - rollout for step, rollout in zip(steps, rollouts, strict=True)], "{:.2f}"),
             spread([run["accuracy"] for run in runs], "{:.1%}"),
-            spread([statistics.mean(run["rewards"][-5:]) for run in runs], "{:.3f}"),
             spread([run["peak"] for run in runs], "{:.0f}"),
             spread([run["peak"] - run["before"] for run in runs], "{:.0f}"),
         ]
@@ -196,6 +226,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trl-python", help="Python of an environment with TRL")
     parser.add_argument("--steps", type=int, default=30, help="steps per run, at least 3 (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop a run after this training time")
+    parser.add_argument(
+        "--saves", type=int, default=1, help="evaluate at this many times within --seconds (%(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="runs per project, with seeds 0, 1, ... (%(default)s)")
     parser.add_argument("--trl-micro-batch", type=int, default=64, help="completions per backward pass (%(default)s)")
     parser.add_argument("--config", default=str(ROOT / "grpo_config.yml"), help="YAML file (%(default)s)")
@@ -227,8 +261,10 @@ def main():
         pythons = {"TRL": str(Path(arguments.trl_python).absolute()), **pythons}
     results = {way: [] for way in pythons}
     for seed in range(arguments.rounds):
+        seeded = config.model_copy(update={"seed": seed})
+        more = arguments.trl_micro_batch, arguments.seconds, arguments.saves
         for way, python in pythons.items():
-            results[way].append(run(way, python, config.model_copy(update={"seed": seed}), arguments.trl_micro_batch))
+            results[way].append(run(way, python, seeded, *more))
     report(results)
 
 

@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import multiprocessing
@@ -216,9 +217,9 @@ def finished(tmp_path_factory):
     return {key: script.train(folder / key) for key, script in SCRIPTS.items()}
 
 
-def model_weights(folder):
+def model_weights(folder, name="model"):
     """Return the trained weights of a run, {name: tensor}."""
-    (file,) = (folder / "model").glob("*.safetensors")
+    (file,) = (folder / name).glob("*.safetensors")
     return load_file(file)
 
 
@@ -246,11 +247,17 @@ def flip_a_bit(file, seed=0):
 
 
 def assert_same_run(folder, other):
-    """Assert that weights, the last checkpoint and all scalars except times are bit-identical, and steps logged once.
+    """Assert that last and best weights, the last checkpoint and all scalars except times are bit-identical.
 
-    In by_tokens, a resumed run may repeat a point, because several evaluations fall within the same thousand tokens.
+    Each step must be logged once. In by_tokens, a resumed run may repeat a point, because several evaluations fall
+    within the same thousand tokens.
     """
     assert_same_weights(folder, other)
+    best, other_best = (run / "best" / "evaluation.json" for run in (folder, other))
+    assert best.exists() == other_best.exists()
+    if best.exists():
+        assert best.read_text() == other_best.read_text()
+        assert_same_weights(folder, other, functools.partial(model_weights, name="best"))
     (path, state), (other_path, other_state) = (newest_checkpoint(run, 10**9) for run in (folder, other))
     assert path.name == other_path.name and state | {"seconds": 0} == other_state | {"seconds": 0}
     for file in path.rglob("*.safetensors"):

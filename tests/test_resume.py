@@ -33,6 +33,7 @@ WAYS = {
     "grpo-bf16": ("grpo", ["dtype=bfloat16", "weight_decay=0.1", "loss_normalization=sequence", DRAW]),
     "grpo-full-bf16": ("grpo", ["lora=null", "dtype=bfloat16", "kl_weight=0.1", "learning_rate=1e-4"]),
     "grpo-adapter": ("grpo", ["model=ADAPTER", "kl_weight=0.1", "learning_rate=0.01", "scale_advantages=none"]),
+    "grpo-dynamic": ("grpo", ["max_sampling_rounds=3", "rewards={accuracy: 1.0}"]),
     "es": ("es", ["population_size=5"]),
     "es-antithetic-decay": ("es", ["antithetic=true", "noise_schedule=linear", "lr_schedule=cosine", DRAW]),
     "es-gaussian-bf16": ("es", ["perturbation=gaussian", "dtype=bfloat16"]),
@@ -80,6 +81,8 @@ def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, capsys, 
         if "kl_weight=0.1" in overrides:
             assert curves["policy/kl_k3"][0][1] == 0 or "updates_per_step=2" in overrides
             assert curves["policy/kl_k3"][1][1] > 0
+        if way == "grpo-dynamic":
+            assert curves["progress/prompts"][-1][1] > 4 * 4
         if way == "grpo-adapter":  # the reference, a frozen copy of the adapter, is neither counted nor saved
             assert ", 835,712 parameters, 38,912 trained\n" in out
             assert weights.keys() == model_weights(finished["grpo"]).keys()
@@ -339,7 +342,7 @@ def work_done(script, folder):
 def test_run_killed_again_and_again_ends_as_an_uninterrupted_one(tmp_path, script, num_kills):
     """Kill at random moments. Set KILLS=300 in the environment for more kills."""
     rng = random.Random(0)
-    overrides = [f"{script.num_steps}={num_kills + 8}", "checkpoint_every=3", "eval_every=3"]
+    overrides = [f"{script.num_steps}={num_kills + 8}", "checkpoint_every=3", "eval_every=2"]
     started = time.monotonic()
     process = Process(script, tmp_path / "uninterrupted", *overrides)
     process.wait_until(lambda: checkpoint_folders(tmp_path / "uninterrupted"))

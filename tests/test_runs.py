@@ -17,9 +17,21 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, Process, assert_same_run, files_of, flip_a_bit, model_weights, read_events, scalars
+from conftest import (
+    ROOT,
+    SCRIPTS,
+    Process,
+    assert_same_run,
+    assert_same_weights,
+    files_of,
+    flip_a_bit,
+    model_weights,
+    read_events,
+    scalars,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tqdm import tqdm
@@ -386,12 +398,111 @@ def test_without_a_terminal_there_is_a_line_every_half_minute(tmp_path, capsys, 
     assert not output.err
 
 
-def test_tied_rewards_in_the_first_three_steps_are_reported_once(tmp_path, script, capsys):
-    script.train(tmp_path / "run", "max_new_tokens=2", "rewards={accuracy: 1.0}")  # no answer fits in two tokens
+# Warnings, and the best weights
+
+
+WELL = {"accuracy/strict": 0.2, "accuracy/format": 0.9, "completion/truncated": 0.1, "policy/entropy": 1.0}
+COLLAPSED = WELL | {"policy/entropy": 0.09}
+UNLUCKY = {name: value for name, value in WELL.items() if name != "policy/entropy"}  # all groups tie: no entropy
+SIGNALS = {  # what happens: a list of (metrics, signal), and the warnings
+    "well": ([(WELL, 0.5)] * 50, []),
+    "tied": ([(WELL, 0.49)] * 50, ["ties: for 10 steps"]),
+    "tied, but correct": ([(WELL | {"accuracy/strict": 0.3}, 0.0)] * 50, []),
+    "tied with interruptions": (([(WELL, 0.4)] * 9 + [(WELL, 0.6)]) * 5, []),
+    "no signal later": ([(WELL, 0.6)] * 5 + [(UNLUCKY, 0)] * 3, ["no signal: for 3 steps"]),
+    "no signal twice": (([(WELL, 0.6)] * 5 + [(UNLUCKY, 0)] * 3) * 2, ["no signal: for 3 steps"]),
+    "collapsed": ([(WELL, 0.6)] + [(COLLAPSED, 0.6)] * 20, ["entropy: for 10 steps"]),
+    "collapsed so that groups tie": (
+        [(WELL, 0.6)] + [(COLLAPSED, 0.1), (UNLUCKY, 0.0)] * 5,
+        ["ties: for 10 steps", "entropy: for 10 steps"],
+    ),
+    "ES, which has no entropy": ([(UNLUCKY, 0.6)] * 50, []),
+}
+
+
+@pytest.mark.parametrize("happens", SIGNALS)
+def test_what_goes_wrong_for_many_steps_is_reported_once_and_nothing_else(happens):
+    steps, warnings = SIGNALS[happens]
+    counts = dict.fromkeys(runs.WARNINGS, 0)
+    run = types.SimpleNamespace(state={"entropy": 0, "first_entropy": 0, "warnings": counts}, say=Mock())
+    for metrics, signal_ in steps:
+        run.state = json.loads(json.dumps(run.state))  # as after resuming
+        runs.Run._warn(run, metrics, signal_)
+    texts = [call.args[0] for call in run.say.call_args_list]
+    assert [text[: len(warning)] for text, warning in zip(texts, warnings, strict=True)] == warnings
+    last = "In the last step, 20% of the samples were correct, 90% had the format and 10% were truncated. Try "
+    assert all(last in text for text in texts)
+
+
+@pytest.mark.parametrize(("key", "cause"), [("grpo", "reward"), ("grpo", "mask_truncated"), ("es", "reward")])
+def test_steps_without_any_signal_are_reported(tmp_path, capsys, key, cause):
+    script = SCRIPTS[key]
+    overrides = ["max_new_tokens=2", "rewards={accuracy: 1.0}"]  # no answer fits in two tokens
+    if cause == "mask_truncated":  # all rows are truncated, although their rewards differ
+        overrides = ["max_new_tokens=2", "rewards={'test_resume:draw': 1.0}", "mask_truncated=true"]
+    script.train(tmp_path / "run", *overrides)
     out = capsys.readouterr().out
-    expected = (
-        r"no signal: rewards tied in every group or population of the first 3 steps.* 0% of .* correct and 0% have the"
-    )
-    assert len(re.findall(expected, out)) == 1 and "Try examples, the rewards lenient_accuracy and tag_count" in out
+    assert out.count("no signal: for 3 steps, no completion had a nonzero advantage in the loss") == 1
     script.train(tmp_path / "other", "max_new_tokens=40")
     assert "no signal" not in capsys.readouterr().out
+
+
+def test_weights_of_the_best_evaluation_are_kept_and_a_fall_below_it_is_reported(tmp_path, script, capsys, monkeypatch):
+    accuracies, honest = {0: 0.3, 1: 0.2, 2: 0.6, 3: 0.55, 4: 0.6, 5: 0.3, 6: 0.2}, utils.evaluate
+    steps = iter([*range(5), *range(4, 7)])  # the run stops after 4 steps and resumes after 3
+
+    def evaluate(setup):
+        metrics, items, texts = honest(setup)
+        return metrics | {"strict_accuracy": accuracies[next(steps)]}, items, texts
+
+    monkeypatch.setattr(utils, "evaluate", evaluate)
+    folder = tmp_path / "run"
+    overrides = [f"{script.num_steps}=6", "eval_every=1", "eval_size=64", "keep_checkpoints=9", "checkpoint_every=1"]
+    script.train(folder, *overrides, stop_after=4)
+    assert json.loads((folder / "best" / "evaluation.json").read_text())["step"] == 2
+    best = files_of(folder / "best")
+    if script.key == "es":
+        path = folder / "journal.jsonl"
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:4]))
+    shutil.rmtree(folder / "checkpoints" / "step_000004")
+    script.train(folder, *overrides)
+    out = capsys.readouterr().out
+    assert files_of(folder / "best") == best  # an equal evaluation replaces nothing
+    (file,), (reference,) = (
+        path.glob("*.safetensors") for path in (folder / "best", checkpoint_folders(folder)[2] / "model")
+    )
+    assert_same_weights(file, reference, load_file)
+    assert out.count("below best: strict accuracy is significantly lower than 60.0% after step 2. Try a new run ") == 1
+    assert f"Best evaluation: strict 60.0% after step 2, saved in {folder}/best.\n" in out
+    assert "The final model is significantly worse. Use best/.\n" in out
+
+
+@pytest.mark.parametrize("later", [0.5, 0.1])
+def test_run_that_never_beats_its_start_says_so_and_keeps_no_best(tmp_path, script, capsys, monkeypatch, later):
+    accuracies = iter([0.5, later, later])
+    metrics = {"lenient_accuracy": 0.5, "length": 1.0, "truncated": 0.0}
+    monkeypatch.setattr(utils, "evaluate", lambda setup: (metrics | {"strict_accuracy": next(accuracies)}, [], []))
+    folder = script.train(tmp_path / "run", "eval_size=64")
+    out = capsys.readouterr().out
+    assert "No evaluation was better than the one before training." in out
+    assert ("below best: strict accuracy is significantly lower than 50.0% after step 0." in out) == (later == 0.1)
+    assert "best/" not in out and not (folder / "best").exists()
+
+
+def test_zero_steps_evaluate_once_and_save_no_model(tmp_path, script, capsys):
+    for _ in range(2):
+        folder = script.train(tmp_path / "run", f"{script.num_steps}=0")
+        assert not (folder / "model").exists() and not checkpoint_folders(folder)
+    out = capsys.readouterr().out.rpartition("resuming" if script.key == "es" else "starting")[0]
+    assert out.count("held-out: strict") == 1 and "->  " not in out and "Saved" not in out
+    assert re.search(r"^    strict +\d+\.\d% \(\d+\.\d% to \d+\.\d%\)$", out, re.MULTILINE)
+
+
+def test_each_evaluation_shows_one_right_and_one_wrong_completion_in_a_line_each():
+    right, wrong = "<think>1+1=2</think>\n<answer>2</answer>", "x\x1b" * 99 + "<answer>3</answer>"
+    items = [{"prompt": f"Compute {text}", "answer": "2"} for text in ("1+1", "0+2", "2+0")]
+    assert runs.examples(items, [wrong, right, "2"]).splitlines() == [
+        "    right  Compute 0+2 -> <think>1+1=2</think> <answer>2</answer>",
+        f"    wrong  Compute 1+1 -> {'x ' * 20} ...  {'x ' * 8}<answer>3</answer> (answer: 2)",
+    ]
+    assert runs.examples(items[:1], [right]).startswith("    right") and "wrong" in runs.examples(items[:1], [wrong])

@@ -81,7 +81,6 @@ def test_overrides_replace_keys_of_the_file_missing_keys_take_defaults_and_1e5_i
 BAD_VALUES = {  # {expectation: overrides}, for each script that has the key
     "should be greater than 0": "temperature=0 learning_rate=-1 lora.rank=0 noise_scale=0",
     "should be greater than or equal to 2": "group_size=1 population_size=1",
-    "should be less than num_steps, 60": "warmup_steps=60",
     "should be a finite number": "learning_rate=.nan learning_rate=.inf",
     "should be a valid integer": "group_size=8.5 population_size=8.5",
     "should be a valid dictionary": "rewards=accuracy lora=16",
@@ -233,6 +232,26 @@ def test_prompts_follow_the_chat_template_or_plain_text(template, system_prompt)
     assert tokenizer.decode(ids) == PROMPTS[template, system_prompt]
 
 
+def test_arguments_of_the_chat_template_reach_it_and_unknown_ones_are_named(tmp_path):
+    tokenizer = load_tokenizer(TINY)
+    has_to_answer = "add_generation_prompt and enable_thinking is defined and not enable_thinking"
+    tokenizer.chat_template += f"{{% if {has_to_answer} %}}<think></think>{{% endif %}}"
+    tokenizer.save_pretrained(tmp_path)
+    for arguments, end in [({}, ""), ({"enable_thinking": False}, "<think></think>")]:
+        tokenizer = load_tokenizer(str(tmp_path), template_kwargs=arguments)
+        (ids,) = encode_prompts(tokenizer, [{"prompt": "2+2"}], "")
+        assert tokenizer.decode(ids) == f"<|user|>2+2<|assistant|>{end}"
+        assert utils.answer_start(tokenizer) == end  # also where completions are scored
+    for name in ("enable", "messages", "add_generation_prompt"):
+        with pytest.raises(UserError, match=f"^chat_template_kwargs: {name}: the model's chat template has no such"):
+            load_tokenizer(str(tmp_path), template_kwargs={name: False})
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(
+        UserError, match="^chat_template_kwargs: enable_thinking: the model's chat template has no such"
+    ):
+        load_tokenizer(str(tmp_path), template_kwargs={"enable_thinking": False})
+
+
 def test_chat_template_that_fails_is_named():
     tokenizer = load_tokenizer(TINY)
     tokenizer.chat_template = "{{ raise_exception('Upgrade the library') }}"
@@ -305,7 +324,7 @@ def test_every_epoch_holds_every_item_once_in_an_order_of_its_own():
     epochs = [whole[i : i + 10] for i in (0, 10, 20)]
     assert all(sorted(epoch) == items for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert [item for step in range(5) for item in draw_problems(items, step, 7, seed=0)][:30] == whole
+    assert [item for step in range(5) for item in draw_problems(items, 7 * step, 7, seed=0)][:30] == whole
     assert draw_problems(items, 0, 10, seed=1) != epochs[0]
 
 
