@@ -121,7 +121,7 @@ def train_with_trl(folder, config, micro_batch):
             shuffle_dataset=False,
             beta=config["kl_weight"],
             loss_type="dapo",
-            scale_rewards="group",
+            scale_rewards=config["scale_advantages"],
             reward_weights=list(config["rewards"].values()),
             learning_rate=config["learning_rate"],
             lr_scheduler_type="constant",
@@ -250,7 +250,7 @@ def main():
     from grpo_train import GRPOConfig
     from utils import load_config
 
-    same = ["device=cpu", "lr_schedule=constant", "warmup_steps=0", "scale_advantages=group"]
+    same = ["device=cpu", "lr_schedule=constant", "warmup_steps=0"]
     same += [f"{key}={arguments.steps}" for key in ("num_steps", "eval_every", "checkpoint_every")]
     config = load_config(GRPOConfig, arguments.config, [*arguments.overrides, *same])
     model = ROOT / config.model if (ROOT / config.model).is_dir() else config.model  # runs have another cwd
