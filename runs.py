@@ -45,7 +45,7 @@ WARNINGS = {
     "no signal": (
         3,
         "no completion had a nonzero advantage in the loss: all rewards tied, or truncated completions were masked",
-        "examples, the rewards lenient_accuracy and tag_count, or a larger max_new_tokens",
+        "examples, the rewards lenient_accuracy and tag_count, or a larger max_new_tokens or noise_scale (ES)",
     ),
     "ties": (
         10,
