@@ -14,7 +14,9 @@ import copy
 import importlib
 import inspect
 import numbers
+import os
 import re
+import sys
 from fractions import Fraction
 
 
@@ -60,6 +62,7 @@ _SPELLINGS = [
     (re.compile(r"\\[()\[\]]"), "$"),
     (re.compile(r"\\cdot|\\times|\\div|[×÷·]"), "*"),  # expressions, which are not evaluated
 ]
+_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf) *\{([^{}]*)\}")
 _WRAPPERS = {"**": "**", "__": "__", "$$": "$$", "$": "$", "`": "`", "*": "*", "\\boxed{": "}", "(": ")"}
 _ASSIGNMENT = re.compile(r"[A-Za-z] *= *([^=]+)")
 
@@ -160,7 +163,6 @@ _RUN = re.compile(r"[0-9eExX^*+\-./,$% ()]+")
 _WORD = re.compile(r"((?<=[0-9])[eE](?=[+-]?[0-9]))|[A-Za-z]+")  # the e in 1.5e3 is part of a number
 _BULLET = re.compile(r"(?<=\n)[ \t]*(?:[-*•]|[0-9]{1,3}[.)])[ \t]+(?=\S)")
 _LIST = re.compile(r"(?<=\S) +(?=[-$.]?[0-9])")
-_MARKERS = ("answer is", "answer:")
 
 
 def values_in(text):
@@ -182,30 +184,44 @@ def values_in(text):
     return found
 
 
-def lenient_answer(text):
-    """Return the value that a person would read as the final answer, as text, or None.
+def final_part(text):
+    """Return the part of a text that a person would look at for the final answer, and its kind.
 
-    Look in the last answer tag, else in the last \\boxed{}, else after the last "####", else after the last "answer is"
-    or "Answer:". Without any of these, or without a value after a marker, take the last value of the text.
+    "field": the last answer tag, else the last \\boxed{}; "sentence": after the last "####", else after the last
+    "answer is" or "Answer:"; "text": all of it
     """
-    text = text[-MAX_TEXT_CHARS:]
     start, end = text.rfind("<answer>"), text.rfind("</answer>")
     if start >= 0:
-        return single_value(text[start + len("<answer>") : end if end > start else None])
+        return text[start + len("<answer>") : end if end > start else None], "field"
     start = text.rfind("\\boxed{")
     end = _closing(text, start + len("\\boxed")) if start >= 0 else -1
     if end >= 0:
-        return single_value(text[start + len("\\boxed{") : end])
-    lowered = text.lower()
-    marker = "####" if "####" in lowered else max(_MARKERS, key=lowered.rfind)
-    if marker in lowered:
-        after = re.sub(r"(?<=\n)[ \t]*(?:[-*•]|1[.)])[ \t]+", "", lowered.rpartition(marker)[2][:MAX_ANSWER_CHARS])
-        sentence = re.split(r"\.\s|\n", after.strip(" :*\n"), maxsplit=1)[0]
-        values = values_in(sentence)
+        return text[start + len("\\boxed{") : end], "field"
+    found = list(re.finditer("####", text)) or list(re.finditer("answer is|answer:", text, re.IGNORECASE))
+    if not found:
+        return text, "text"
+    after = re.sub(r"(?<=\n)[ \t]*(?:[-*•]|1[.)])[ \t]+", "", text[found[-1].end() :][:MAX_ANSWER_CHARS])
+    return re.split(r"\.\s|\n", after.strip(" :*\n"), maxsplit=1)[0], "sentence"
+
+
+_CHOICE = re.compile(r"\W{0,3}(or|and)\W")  # "5 or 6" is not an answer
+
+
+def lenient_answer(text):
+    """Return the value that a person would read as the final answer, as text, or None.
+
+    It is the only value of the `final_part` if that is a field, the first one if it is a sentence. Without a field and
+    without a value in the sentence, it is the last value of the text.
+    """
+    text = text[-MAX_TEXT_CHARS:]
+    part, kind = final_part(text)
+    if kind == "field":
+        return single_value(part)
+    if kind == "sentence":
+        values = values_in(part)
         first = next(filter(None, values), None)
         if first:
-            is_choice = len(values) > 1 and re.match(r"\W{0,3}(or|and)\W", sentence.partition(first)[2])
-            return None if is_choice else first
+            return None if len(values) > 1 and _CHOICE.match(part.partition(first)[2]) else first
     tail = text[-MAX_TAIL_CHARS:]
     if len(tail) < len(text):  # the first value may be incomplete
         tail = tail.lstrip("0123456789xX^*+-−./,$% ")
@@ -226,13 +242,19 @@ def reference_value(reference):
     return value if value is not None else parse_value(reference.rpartition("####")[2])
 
 
+def plain_word(text):
+    """Return a word or choice in lower case, without typesetting: "(B)", "**B**", "\\text{B}", "B.", "B)" are "b"."""
+    text = unwrapped(_TEXT.sub(r"\1", text[:MAX_ANSWER_CHARS]))
+    return " ".join(text.removesuffix("" if "(" in text else ")").casefold().split())
+
+
 def same_answer(answer, reference):
-    """Return True for the same exact value, or the same text if the reference is not a value (a word, say)."""
+    """Return True for the same exact value, or the same word or choice if the reference is not a value."""
     if answer is None:
         return False
     value = reference_value(reference)
     if value is None:
-        return answer.strip() == reference.strip()
+        return plain_word(answer) == plain_word(reference)
     return parse_value(answer) == value
 
 
@@ -241,8 +263,20 @@ def strict_correct(text, reference):
 
 
 def lenient_correct(text, reference):
-    """Return True for a correct final answer in any format, and for every strictly correct text."""
-    return strict_correct(text, reference) or same_answer(lenient_answer(text), reference)
+    """Return True for a correct final answer in any format, and for every strictly correct text.
+
+    A word or choice must be the whole field or last line, or begin the sentence of the `final_part`.
+    """
+    if strict_correct(text, reference):
+        return True
+    if reference_value(reference) is not None:
+        return same_answer(lenient_answer(text), reference)
+    part, kind = final_part(text[-MAX_TEXT_CHARS:])
+    if kind != "sentence":
+        return same_answer(part if kind == "field" else part.strip().rpartition("\n")[2], reference)
+    word, sentence = r"\s+".join(map(re.escape, reference.split())), _TEXT.sub(r"\1", part)
+    start = re.match(rf"[\W_]*{word}(?!\w)", sentence, 0 if len(word) == 1 else re.IGNORECASE)  # "a" is an article
+    return bool(start) and not _CHOICE.match(sentence, start.end())
 
 
 def accuracy_reward(completions, answer, **columns):
@@ -277,9 +311,12 @@ def find_reward(name):
     """Return the function for a name in REWARDS or "my_module:my_function". Errors inside the module propagate."""
     if name in REWARDS:
         return REWARDS[name]
-    module_name, _, function_name = name.partition(":")
+    module_name, _, function_name = name.rpartition(":")
     if not module_name or not function_name:
         raise UserError(f"rewards: {name!r}: expected one of {', '.join(REWARDS)}, or my_module:my_function")
+    if module_name.endswith(".py"):
+        folder, module_name = os.path.split(module_name.removesuffix(".py"))
+        sys.path.insert(0, os.path.abspath(folder))
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -309,7 +346,12 @@ def score(weights, completions, items):
         "accuracy/format": format_reward(completions),
     }
     for name in weights:
-        values = find_reward(name)(**copy.deepcopy(columns))  # functions may modify their arguments
+        function = find_reward(name)
+        try:
+            inspect.signature(function).bind(**columns)
+        except TypeError as error:
+            raise UserError(f"rewards: {name}: {error}; the columns are {', '.join(columns)}") from None
+        values = function(**copy.deepcopy(columns))  # functions may modify their arguments
         values = values.tolist() if hasattr(values, "tolist") else values  # NumPy and torch
         if not isinstance(values, (list, tuple)) or len(values) != len(completions):
             expected = f"expected a list of {len(completions)} numbers"

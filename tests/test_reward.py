@@ -93,9 +93,26 @@ def test_adversarial_answers_score_one_only_if_exactly_equal(answer, reference):
     assert same_answer(reference, answer) == is_equal
 
 
-def test_reference_that_is_a_word_is_compared_as_text():
-    assert accuracy_reward([tagged(" Paris "), tagged("paris"), "Paris"], ["Paris"] * 3) == [1.0, 0.0, 0.0]
-    assert lenient_correct(tagged("Paris"), "Paris")  # lenient is never stricter than strict
+WORDS = [  # reference, the same answers, others
+    ("B", r"B|b|(B)|**B**|B.|B)|\text{B}|$\text{(B)}$|\boxed{\textbf{B}}|**(B)**.", "C|BB|AB|A, B|B or C|not B||42"),
+    ("yes", "yes|Yes|YES.|**yes**", "no|yes and no|not yes|yesterday"),
+    ("New York", r"new york|New  York.|\text{New York}", "York|New York City"),
+]
+
+
+@pytest.mark.parametrize(("reference", "same", "others"), WORDS)
+def test_word_or_choice_is_found_in_any_typesetting_and_in_a_sentence(reference, same, others):
+    for text in same.split("|"):
+        assert accuracy_reward([tagged(text), text], [reference] * 2) == [1.0, 0.0], text
+        assert lenient_correct(f"I think.\n\n{text}\n", reference) and lenient_correct(rf"\boxed{{{text}}}", reference)
+        if text != "b":  # "The answer is a dog"
+            assert lenient_correct(f"So the answer is {text}, as shown.", reference), text
+            assert lenient_correct(f"**Answer:**\n{text}\nOr is it C?", reference)
+    for text in others.split("|"):
+        assert not strict_correct(tagged(text), reference), text
+        if not text.startswith(reference + " C"):
+            assert not lenient_correct(f"So the answer is {text}.", reference), text
+            assert not lenient_correct(f"{reference}?\n{text}", reference), text
 
 
 # Format
