@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import random
+import textwrap
 import zlib
 from pathlib import Path
 from typing import Annotated, Literal
@@ -268,14 +269,16 @@ class JSONLDataset(Problems):
     """Your own problems, one JSON object per line: "prompt" is text, "answer" is text or a number. Reward functions
     receive all other keys.
 
-    path: the file of split "train". Split "test" is `name.test.jsonl` beside `name.jsonl` if it exists; otherwise every
-    tenth line of the file, which "train" then omits.
+    path: the file of split "train". Split "test" is `name.test.jsonl` beside `name.jsonl`, or test.jsonl beside
+    train.jsonl, if it exists; otherwise a random tenth of the lines, always the same, which "train" omits.
     """
 
     @validate_call
     def __init__(self, path: str | Path, split: Split):
         path = Path(path)
-        test_path = path.with_suffix(f".test{path.suffix}")
+        test_path = path.with_name(f"{path.stem}.test.jsonl")
+        if path.name == "train.jsonl" and not test_path.is_file():
+            test_path = path.with_name("test.jsonl")
         file = test_path if split == "test" and test_path.is_file() else path
         self.items = []
         for number, row in read_jsonl(file):
@@ -283,22 +286,26 @@ class JSONLDataset(Problems):
                 row["answer"] = str(row["answer"])
             for key in ("prompt", "answer"):
                 if not isinstance(row.get(key), str) or not row[key].strip():
-                    raise UserError(f'{file}, line {number}: "{key}" is {row.get(key)!r}, expected text')
+                    found = f"is {row.get(key)!r}, expected text; the keys are {', '.join(row)}"
+                    raise UserError(f'{file}, line {number}: "{key}" {textwrap.shorten(found, 300)}')
             if row.keys() & {"prompts", "completions"}:  # names of other arguments of reward functions
                 raise UserError(f"{file}, line {number}: prompts and completions are reserved names")
             if self.items and row.keys() != self.items[0].keys():
                 raise UserError(f"{file}, line {number}: keys {sorted(row)}, but line 1 has {sorted(self.items[0])}")
             self.items.append(row)
         if not test_path.is_file():
-            self.items = [item for i, item in enumerate(self.items) if (i % 10 == 9) == (split == "test")]
+            held_out = set(random.Random(0).sample(range(len(self.items)), len(self.items) // 10))
+            self.items = [item for i, item in enumerate(self.items) if (i in held_out) == (split == "test")]
         if not self.items:
-            raise UserError(f"{file} has no {split} problems; without {test_path.name}, every tenth line is held out")
+            raise UserError(f"{file} has no {split} problems; without {test_path.name}, a tenth is held out")
 
 
 def read_jsonl(file):
     """Yield (line number, object) for each nonblank line of the file. Raise UserError that names a bad line."""
     if not Path(file).is_file():
         raise UserError(f"dataset: {file} does not exist")
+    if Path(file).read_bytes()[:99].strip().startswith(b"["):
+        raise UserError(f"{file}, line 1: a JSON array, expected one object per line")
     for number, line in enumerate(Path(file).read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
@@ -321,7 +328,7 @@ def make_dataset(name, split, arguments):
     Raise pydantic.ValidationError for unknown or invalid arguments.
     """
     if name in DATASETS:
-        return DATASETS[name](split=split, **arguments)
+        return DATASETS[name](split, **arguments)
     if name.endswith(".jsonl"):
         return JSONLDataset(name, split, **arguments)
     raise UserError(f"dataset: {name!r}: expected one of {', '.join(DATASETS)}, or a path that ends in .jsonl")

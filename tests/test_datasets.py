@@ -139,6 +139,7 @@ BAD_ARGUMENTS = [
     ({"max_operators": 0}, "max_operators: 0: should be greater than 0"),
     ({"kinds": ["divide"]}, "kinds.0: divide: should be 'evaluate' or 'expand'"),
     ({"max_operator": 3}, "max_operator: 3: Unexpected keyword argument"),
+    ({"split": "test"}, "split: test: Got multiple values for argument"),
 ]
 
 
@@ -196,22 +197,29 @@ def test_gsm8k_line_without_an_answer_is_named(tmp_path):
 GOOD = b'{"prompt": "1+1", "answer": "2"}'
 
 
-def test_jsonl_holds_out_every_tenth_line_or_takes_a_test_file(tmp_path):
+def test_jsonl_holds_out_a_random_tenth_of_the_lines_or_takes_a_test_file(tmp_path):
     rows = [{"prompt": f"p{i}", "answer": str(i), "level": i} for i in range(25)]
     rows[3]["prompt"] = "1+" * 5_000_000 + "1"  # lines may be long
     lines, path = [json.dumps(row) for row in rows], tmp_path / "problems.jsonl"
     path.write_text("\ufeff" + "\n".join([*lines[:5], "", *lines[5:]]), encoding="utf-8")
-    assert list(make_dataset(str(path), "test", {})) == [rows[9], rows[19]]
-    assert list(make_dataset(str(path), "train", {})) == [*rows[:9], *rows[10:19], *rows[20:]]
-    (tmp_path / "problems.test.jsonl").write_text("\n".join(lines[:3]))
-    assert list(make_dataset(str(path), "train", {})) == rows
-    assert list(make_dataset(str(path), "test", {})) == rows[:3]
+    held_out = list(make_dataset(str(path), "test", {}))
+    assert len(held_out) == 2 and held_out == list(make_dataset(str(path), "test", {}))
+    assert list(make_dataset(str(path), "train", {})) == [row for row in rows if row not in held_out]
+    for name, test_name in (("problems", "problems.test"), ("train", "test"), ("train", "train.test")):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        (tmp_path / f"{test_name}.jsonl").write_text("\n".join(lines[: len(test_name)]))
+        assert list(make_dataset(str(tmp_path / f"{name}.jsonl"), "train", {})) == rows
+        assert list(make_dataset(str(tmp_path / f"{name}.jsonl"), "test", {})) == rows[: len(test_name)]
+    # A regular order does not matter: here, every tenth line asks another question.
+    path = tmp_path / "regular.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"{i % 10}?", "answer": str(i)}) for i in range(500)))
+    assert len({item["prompt"] for item in make_dataset(str(path), "test", {})}) > 5
 
 
 BAD_LINES = {
     b"{not json}": "Expecting property name",
     b'["a"]': "expected an object, not list",
-    b'{"prompt": "p"}': '"answer" is None, expected text',
+    b'{"question": "p", "answer": "7"}': '"prompt" is None, expected text; the keys are question, answer',
     b'{"prompt": " ", "answer": "7"}': "\"prompt\" is ' ', expected text",
     b'{"prompt": "p", "answer": "7", "level": 3}': "keys ['answer', 'level', 'prompt'], but line 1 has",
     b'{"prompt": "p", "answer": "7", "completions": 1}': "prompts and completions are reserved names",
@@ -229,6 +237,12 @@ def test_bad_jsonl_line_is_named_by_number_in_one_line(tmp_path, line, message):
         JSONLDataset(path, "train")
     assert str(error.value).startswith(f"{path}, line 3: {message}")
     assert len(str(error.value)) < 1000 and "\n" not in str(error.value)
+
+
+def test_json_array_is_named(tmp_path):
+    (tmp_path / "problems.jsonl").write_text('[\n{"prompt": "1+1", "answer": "2"}]')
+    with pytest.raises(UserError, match="problems.jsonl, line 1: a JSON array, expected one object per line$"):
+        JSONLDataset(tmp_path / "problems.jsonl", "train")
 
 
 values = st.none() | st.integers() | st.floats() | st.text(max_size=9) | st.lists(st.text(max_size=9), max_size=3)
