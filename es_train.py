@@ -37,7 +37,11 @@ Shapes: N members, M of them in a batch, K noises (N, or N / 2 with antithetic p
 """
 
 import math
+import signal
 from typing import Literal
+
+if __name__ == "__main__":  # no traceback for Ctrl-C while libraries are imported and the model is loaded
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 from peft import PeftModel
@@ -47,7 +51,7 @@ from torch import nn
 import utils
 from generation import generate
 from reward import UserError
-from runs import Run, run_identity
+from runs import Run, check_folder, run_identity
 from utils import draw_problems, gather_scores, non_finite, schedule_factor, score_completions, share
 
 # --- Config: es_config.yml documents each key -------------------------------------------------------------------------
@@ -380,6 +384,7 @@ def train(config, setup, run, master, shapes):
 
 
 def main(config):
+    check_folder(config)
     N, P = config.population_size, config.prompts_per_iteration
     setup = utils.set_up(config, config.dtype, batch_size=config.population_batch * P)
     share(N, setup.accelerator)  # raises if there are fewer members than processes

@@ -40,7 +40,11 @@ import dataclasses
 import itertools
 import math
 import os
+import signal
 from typing import Annotated, Literal
+
+if __name__ == "__main__":  # no traceback for Ctrl-C while libraries are imported and the model is loaded
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -52,7 +56,7 @@ from transformers.pytorch_utils import Conv1D
 import utils
 from generation import Completions, completion_log_probs, generate, inner_model, shares_prompts
 from reward import UserError
-from runs import Run, run_identity
+from runs import Run, check_folder, run_identity
 from utils import draw_problems, gather_scores, non_finite, schedule_factor, score_completions, share
 
 # --- Config: grpo_config.yml documents each key -----------------------------------------------------------------------
@@ -179,10 +183,12 @@ def make_policy(model, lora, gradient_checkpointing):
         set_peft_model_state_dict(model, weights, "reference")
         model.set_adapter("default")
     elif lora is not None:
-        for target in [] if lora.target_modules == "all-linear" else lora.target_modules:
+        targets = [] if lora.target_modules == "all-linear" else lora.target_modules
+        for target in targets:
             if not any(f".{name}".endswith(f".{target}") for name in layers):
                 names = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
                 raise UserError(f"lora.target_modules: {target}: the model's linear layers are {names}")
+        utils.check_tied_head(model, targets)
         shape = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": lora.target_modules}
         shape["fan_in_fan_out"] = any(isinstance(layer, Conv1D) for layer in layers.values())  # GPT-2
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **shape))
@@ -480,6 +486,7 @@ def train(config, setup, run, optimizer, frozen_copy=None):
 
 
 def main(config):
+    check_folder(config)
     # Train fp32 weights, since bf16 would round most updates away. PEFT keeps adapters of a bf16 model in fp32.
     weights_dtype = "float32" if config.lora is None else config.dtype
     decoding = {"temperature": config.temperature, "batch_size": config.generation_batch_size}

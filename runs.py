@@ -59,6 +59,9 @@ WARNINGS = {
     ),
 }
 
+# Ctrl-C; a scheduler or `kill`; a closed terminal; a scheduler's early notice
+STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+
 BAR = "{desc:8} {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"  # fits into 80 columns
 SECONDS_BETWEEN_LINES = 30  # without a terminal for the progress bar
 EVALUATION = "evaluation.json"  # in best/ and model/: step and accuracy of their weights
@@ -141,8 +144,8 @@ class Run:
     def steps(self):
         """Yield the remaining steps. After each one, evaluate, write the journal and save when due.
 
-        At the end, save the trained model and print the result. After a signal, save a checkpoint and print the command
-        that resumes the run.
+        At the end, save the trained model and print the result. After a signal, save a checkpoint, print the command
+        that resumes the run, and exit with 128 plus the signal's number.
         """
         if not self.state:
             counts = ["step", *PROGRESS, "skipped_steps", "skipped_in_a_row", "entropy", "first_entropy"]
@@ -152,8 +155,10 @@ class Run:
         self.progress.unpause()  # start its clock
         self.last_line = time.monotonic()
         with stop_signals() as received:
+            stops = []
             for step in range(self.state["step"], self.num_steps):
-                if any(gather_object([bool(received)])):
+                stops = gather_object(received[:1])  # of all processes
+                if stops:
                     break
                 self.seconds, self.step_start = {}, time.perf_counter()
                 # For reward functions that draw random numbers. All other random numbers follow from seed and step.
@@ -166,6 +171,8 @@ class Run:
                     self.state["after"] = self._evaluate()
                 self._commit(save=is_last or (step + 1) % self.config.checkpoint_every == 0)
             self._finish()
+        if stops:
+            sys.exit(128 + stops[0])  # as if the signal had ended the process, so that schedulers requeue the run
 
     @contextlib.contextmanager
     def phase(self, name):
@@ -366,20 +373,28 @@ class Run:
 
 @contextlib.contextmanager
 def stop_signals():
-    """Yield a list that receives SIGINT and SIGTERM. A second signal ends a run of one process at once.
+    """Yield a list that receives STOP_SIGNALS. A second signal ends a run of one process at once.
 
     With several processes, further signals are ignored: launchers forward the signal that the terminal has already sent
-    to each process. They kill processes that do not end in time.
+    to each process. They kill processes that do not end in time. Signals that are ignored already, as with nohup, stay
+    ignored. Processes that a reward function forks inherit the handler, but end on SIGTERM, and ignore the signals that
+    a terminal sends to them, too, so that the step can finish.
     """
-    received, is_alone = [], int(os.environ.get("WORLD_SIZE", 1)) == 1
+    received, is_alone, process = [], int(os.environ.get("WORLD_SIZE", 1)) == 1, os.getpid()
 
     def handle(number, frame):
+        if os.getpid() != process:
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
         received.append(number)
         for each in handlers:
             signal.signal(each, signal.SIG_DFL if is_alone else signal.SIG_IGN)
         os.write(2, b"\nstopping after this step" + b"; a second signal stops at once" * is_alone + b"\n")
 
-    handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    handlers = {number: signal.signal(number, handle) for number in heeded}
     try:
         yield received
     finally:
@@ -429,7 +444,7 @@ def wilson_interval(successes, trials):
     z, share = 1.96, successes / trials
     center = share + z * z / (2 * trials)
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return (center - spread) / (1 + z * z / trials), (center + spread) / (1 + z * z / trials)
+    return max(0.0, (center - spread) / (1 + z * z / trials)), min(1.0, (center + spread) / (1 + z * z / trials))
 
 
 def print_summary(results, num_problems):
@@ -449,21 +464,38 @@ def resume_command(folder):
     return f"{launcher} {shlex.quote(sys.argv[0])} --config {shlex.quote(str(folder / 'config.yml'))}"
 
 
+def check_folder(config, create=False):
+    """Return the path of the run's folder, and create it if asked.
+
+    Raise UserError if that is impossible, or if the folder holds anything but a run that may resume.
+    """
+    folder = Path(config.log_dir) / (config.run_name or time.strftime("%Y-%m-%d_%H-%M-%S"))
+    traces = {"lock", "identity.json.partial"}  # a run that is killed while it starts leaves only these
+    try:
+        is_run = (folder / "identity.json").is_file() and config.resume == "auto"
+        if config.run_name and folder.exists() and not is_run and set(os.listdir(folder)) - traces:
+            raise UserError(f"run_name: {folder} already exists; choose another name or delete it")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if create and config.run_name:
+            folder.mkdir(exist_ok=True)
+        elif create:  # several runs may start within one second
+            for suffix in ("", *(f"_{number}" for number in range(2, 100))):
+                with contextlib.suppress(FileExistsError):
+                    path = folder.with_name(folder.name + suffix)
+                    path.mkdir()
+                    return path
+    except (OSError, ValueError) as error:
+        raise UserError(f"log_dir: {folder} cannot be created: {one_line(error)}") from None
+    return folder
+
+
 def open_folder(config):
-    """Create or reopen the run's folder and lock it. Refuse a folder that holds anything else.
+    """Create or reopen the run's folder and lock it.
 
     Return the folder, the config that resumes the run, and the lock.
     """
-    folder = Path(config.log_dir) / (config.run_name or time.strftime("%Y-%m-%d_%H-%M-%S"))
+    folder = check_folder(config, create=True)
     lock = filelock.FileLock(folder / "lock", timeout=0, is_singleton=True)
-    traces = {"lock", "identity.json.partial"}  # a run that is killed while it starts leaves only these
-    try:
-        is_run = (folder / "identity.json").is_file() and config.run_name and config.resume == "auto"
-        if folder.exists() and not is_run and set(os.listdir(folder)) - traces:
-            raise UserError(f"run_name: {folder} already exists; choose another name or delete it")
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"log_dir: {folder} cannot be created: {one_line(error)}") from None
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -496,14 +528,19 @@ def find_progress(folder, identity, journal):
     Return ({}, None, []) if nothing is saved yet. Raise UserError if the folder holds a run with another `identity`.
     """
     states, file = read_journal(folder / "journal.jsonl"), folder / "identity.json"
-    theirs = json.loads(file.read_text()) if file.is_file() else identity
+    try:
+        theirs = json.loads(file.read_text()) if file.is_file() else identity
+    except ValueError:
+        raise UserError(f"resume: {file} is damaged") from None
     is_new = not states and not checkpoint_folders(folder)  # such a run may start again with other keys
     for key in ["script"] if is_new else identity | theirs:
         ours, other = identity.get(key), theirs.get(key)
         if ours != other:
             started = f"with {other!r}" if key in theirs else "without this key"
-            raise UserError(f"resume: {folder}: {key}: {ours!r}: the run was started {started}; use another run_name")
+            advice = "use another run_name" + f" and model={folder / 'model'} to train on" * key.startswith("num_")
+            raise UserError(f"resume: {folder}: {key}: {ours!r}: the run was started {started}; {advice}")
     if is_new:
+        check_model(folder, -1)
         if file.is_file():
             print(f"resume: {folder} has no saved steps; starting from step 0")
         write_file(file, json.dumps(identity))
@@ -514,7 +551,17 @@ def find_progress(folder, identity, journal):
     if not states and not checkpoint:
         raise UserError(f"resume: {folder / 'checkpoints'} has no undamaged checkpoint")
     path, state = checkpoint or (None, {"step": 0})
+    check_model(folder, (states[-1] if states else state)["step"])
     return states[-1] if states else state, path, states[state["step"] + 1 :]
+
+
+def check_model(folder, step):
+    """Raise UserError if resuming after `step` would overwrite the trained model of a later step."""
+    file = folder / "model" / EVALUATION
+    if file.exists() and json.loads(file.read_text())["step"] > step:
+        raise UserError(
+            f"resume: {file.parent} is complete, but later steps than {step} are lost; move it to train again"
+        )
 
 
 def write_file(path, text):

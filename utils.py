@@ -18,8 +18,9 @@ import math
 import operator
 import os
 import re
-import signal
 import sys
+import textwrap
+import traceback
 import warnings
 import zlib
 from pathlib import Path
@@ -33,22 +34,34 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from jinja2 import TemplateError
 from peft import LoraConfig, PeftConfig, PeftModel
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from datasets import make_dataset
 from generation import DecodeSettings, generate, inner_model
-from reward import UserError, find_reward, lenient_correct, reference_value, score, strict_correct
+from reward import UserError, lenient_correct, reference_value, score, strict_correct
 
 # Hide the bars of weight loading, and a deprecation warning that PEFT triggers.
 transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 
 
+HERE = Path(__file__).parent
+for kind in (yaml.SafeLoader, yaml.SafeDumper):  # PyYAML takes 1e-5 for text
+    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    kind.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+
+
+def beside_script(path):
+    """Return a path that exists where the user is, else in this folder, else unchanged."""
+    path = os.path.expanduser(path)
+    return path if os.path.exists(path) or not (HERE / path).exists() else str(HERE / path)
+
+
 class Config(BaseModel):
-    """Base of all configs. Unknown keys are errors. PyYAML reads 1e-5 as text; pydantic converts it."""
+    """Base of all configs. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -74,7 +87,11 @@ class RunConfig(Config):
     chat_template_kwargs: dict[str, JsonValue] = {}
     examples: list[Example] = []
     stop: list[Annotated[str, Field(min_length=1)]] = []
-    rewards: dict[str, float] = Field({"accuracy": 1.0, "format": 0.1}, min_length=1)
+    rewards: Annotated[
+        dict[str, float],
+        Field(min_length=1),
+        BeforeValidator(lambda value: {value: 1.0} if isinstance(value, str) else value),
+    ] = {"accuracy": 1.0, "format": 0.1}
     max_new_tokens: PositiveInt = 96
     # Evaluation, checkpoints, logs, seed
     eval_size: PositiveInt = 512
@@ -93,18 +110,21 @@ def config_text(config):
 
 
 def one_line(error):
-    return " ".join(str(error).split())[:600]
+    return textwrap.shorten(str(error), 600, placeholder=" ...")
 
 
 def load_config(config_class, path, overrides=()):
     """Load a `config_class` from a YAML file, and apply "key=value" or "key.subkey=value" overrides.
 
-    Missing keys take their defaults. Raise UserError with file, key, value and what was expected.
+    Missing keys take their defaults. The config.yml of a run resumes the run in its folder, wherever that was moved.
+    Raise UserError with file, key, value and what was expected.
     """
-    source = path
+    source, folder = path, Path(path).resolve().parent
     try:
         values = yaml.safe_load(Path(path).read_text("utf-8-sig"))
         values = {} if values is None else values
+        if (folder / "identity.json").exists():
+            values |= {"log_dir": str(folder.parent), "run_name": folder.name}
         for override in overrides:
             source = f"command line: {override}"
             key, equals, text = override.partition("=")
@@ -114,8 +134,8 @@ def load_config(config_class, path, overrides=()):
                 target = target.setdefault(parent, {})
             if not equals or not isinstance(target, dict):
                 raise UserError(f"{source}: expected key=value, or key.subkey=value where key is a mapping")
-            target[last] = yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError, AttributeError, yaml.YAMLError) as error:
+            target[last] = override_value(text, config_class.model_fields.get(key))
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{source}: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of keys to values, not {type(values).__name__}")
@@ -127,6 +147,15 @@ def load_config(config_class, path, overrides=()):
         raise UserError(f"{'command line' if is_override else path}: {message}") from None
 
 
+def override_value(text, field):
+    """Return the value that a text on the command line stands for. Keys with text values take it as it is."""
+    if text in ("null", "None"):
+        return None
+    if field and field.annotation in (str, str | None) and text[:1] not in ("'", '"'):
+        return text
+    return yaml.safe_load(re.sub(r":(?=-?[.\d]|true|false)", ": ", text) if text.startswith("{") else text)
+
+
 def _describe(error, config_class):
     """Format one of pydantic's errors as "key: value: what was expected"."""
     if error["type"] == "value_error":  # raised by one of our validators
@@ -135,7 +164,8 @@ def _describe(error, config_class):
     if error["type"] == "extra_forbidden":
         *parents, name = error["loc"]
         known = functools.reduce(operator.getitem, parents, config_class().model_dump())
-        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+        near = [key for key in known if "".join(word[0] for word in key.split("_")) == name]  # lr: learning_rate
+        near = near[:1] or difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
         near = ".".join(map(str, [*parents, *near])) if near else None
         message = f"unknown key, did you mean {near}?" if near else f"unknown key, the keys are {', '.join(known)}"
     return one_line(f"{'.'.join(map(str, error['loc']))}: {str(error['input'])[:100]}: {message}")
@@ -149,18 +179,20 @@ def run_from_command_line(main, config_class, default_path):
     parser = argparse.ArgumentParser(description=(sys.modules["__main__"].__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", default=default_path, help="YAML file (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys to override, see the YAML file")
-    arguments = parser.parse_args()
+    # Accept --key=value, too.
+    arguments = parser.parse_args([re.sub(r"^--(?!config\b|help\b)", "", argument) for argument in sys.argv[1:]])
     sys.stdout.reconfigure(line_buffering=True, errors="replace")  # a log file can be followed; any text can be printed
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for Ctrl-C while loading; Run has its own handler
+    sys.path.append(os.getcwd())  # for modules of reward functions, if the script is elsewhere
     try:
-        main(load_config(config_class, arguments.config, arguments.overrides))
+        main(load_config(config_class, beside_script(arguments.config), arguments.overrides))
     except UserError as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: out of GPU memory: lower max_new_tokens or the keys of Memory and speed ({one_line(error)})")
     except Exception as error:  # libraries raise different exceptions for a full disk
-        if not re.search("No space left on device|Disk quota exceeded|File too large", str(error)):
-            raise
+        is_full = re.search("No space left on device|Disk quota exceeded|File too large", str(error))
+        if not is_full or score.__code__ in (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)):
+            raise  # not while this project writes: a bug, or an error in a reward function
         sys.exit(f"error: the disk is full: {one_line(error)}; earlier checkpoints are intact")
 
 
@@ -205,14 +237,21 @@ def set_up(config, weights_dtype, autocast=False, **settings):
         raise UserError("device: cuda: PyTorch finds no GPU; use cpu or auto")
     # Without cpu=True, processes on a CPU would not form a group.
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
+        if os.environ.get(name, "1") != "1" and not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
+            raise UserError(f"the environment has {name}={os.environ[name]}: start with torchrun, or unset {name}")
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if autocast else "no")
-    for name in config.rewards:
-        find_reward(name)
     try:
         splits = [make_dataset(config.dataset, split, config.dataset_args) for split in ("train", "test")]
     except ValidationError as error:
         raise UserError(f"dataset_args: {_describe(error.errors()[0], type(config))}") from None
-    train_items, test_items = splits[0], list(splits[1])[: config.eval_size]
+    train_items, test_items = list(splits[0]), list(splits[1])[: config.eval_size]
+    # Call the reward functions once, since a mistake in them should not show after minutes of loading.
+    score(config.rewards, ["<think>1+1=2</think><answer>2</answer>", ""], [train_items[0]] * 2)
+    known = {item["prompt"] for item in train_items}
+    num_shared = sum(item["prompt"] in known for item in test_items)
+    if num_shared:
+        say_once(f"{num_shared:,} of {len(test_items):,} held-out problems are also in the training set")
     if len(test_items) < accelerator.num_processes:
         raise UserError(f"eval_size: {len(test_items)} held-out problems: expected at least 1 for each process")
     set_seed(config.seed)  # determines an adapter's initial weights in every process
@@ -220,7 +259,7 @@ def set_up(config, weights_dtype, autocast=False, **settings):
     tokenizer = load_tokenizer(config.model, config.cache_dir, config.chat_template_kwargs)
     train_set, test_set = (
         list(map(Problem, items, encode_prompts(tokenizer, items, config.system_prompt, config.examples)))
-        for items in (list(train_items), test_items)
+        for items in (train_items, test_items)
     )
     check_problems(train_set + test_set, model, tokenizer, config)
     ends = stop_ids(model, tokenizer)
@@ -259,8 +298,11 @@ def load_model(name, dtype, device, cache_dir=None):
     """
     # cuDNN attention builds a plan for each shape, and decoding keeps changing shapes. Also, its gradients can be NaN.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    if "/" not in name and not Path(name).is_dir():  # probably a misspelled folder: do not query the hub
+    name = beside_script(name)
+    if not re.match(r"\w[\w.-]*/", name) and not Path(name).is_dir():  # a misspelled folder: do not query the hub
         raise UserError(f"model: {name!r}: no such folder; a name on the hub has the form owner/model")
+    if (Path(name) / "identity.json").exists():
+        raise UserError(f"model: {name!r} is a run; its model is {name}/model")
     options = {"dtype": getattr(torch, dtype), "cache_dir": cache_dir, "output_loading_info": True}
     source = f"model: {name!r}: "
     try:
@@ -269,17 +311,22 @@ def load_model(name, dtype, device, cache_dir=None):
         is_list = isinstance(adapter, LoraConfig) and not isinstance(adapter.target_modules, str)
         if is_adapter and (not is_list or adapter.bias != "none"):
             raise ValueError("expected a LoRA adapter with a list of names as target_modules, and without bias")
-        base_name = adapter.base_model_name_or_path if is_adapter else name
+        base_name = beside_script(adapter.base_model_name_or_path) if is_adapter else name
         source += f"its base model {base_name!r}: " if is_adapter else ""
-        settings = AutoConfig.from_pretrained(base_name, cache_dir=cache_dir)
+        settings = AutoConfig.from_pretrained(base_name, cache_dir=cache_dir, trust_remote_code=False)
+        if getattr(settings, "quantization_config", None):
+            raise ValueError("its weights are quantized; expected the model in bf16 or fp32")
         settings._attn_implementation = None  # SDPA if the model supports it, whatever its config says, else eager
         model, info = AutoModelForCausalLM.from_pretrained(base_name, config=settings, **options)
         check_decodable(model)
+        check_tied_head(model, adapter.target_modules if is_adapter else [])
         source = f"model: {name!r}: "
         if is_adapter:
             model = PeftModel.from_pretrained(model, name, is_trainable=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{source}{one_line(error)}") from None
+        needs_code = "trust_remote_code" in str(error)
+        reason = "it needs Python code of its own, which this project does not run" if needs_code else one_line(error)
+        raise UserError(f"{source}{reason}") from None
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"model: {name!r}: {len(missing)} of its weights are missing, such as {missing[0]}")
@@ -299,12 +346,22 @@ def check_decodable(model):
         raise ValueError(f"{type(model).__name__} is not supported: {reason}")
 
 
+def check_tied_head(model, targets):
+    """Raise UserError if an adapter targets lm_head or the embedding and they share a weight: merging changes both."""
+    pair = model.get_output_embeddings(), model.get_input_embeddings()
+    names = [name for name, module in model.named_modules() if module in pair]
+    for target in targets if pair[0].weight is pair[1].weight else []:
+        if any(f".{name}".endswith(f".{target}") for name in names):
+            raise UserError(f"lora.target_modules: {target}: the model's lm_head and embedding share their weight")
+
+
 def load_tokenizer(name, cache_dir=None, template_kwargs=None):
     """Load the model's tokenizer, and bind `template_kwargs` to its chat template. Report unusual templates once."""
+    name = beside_script(name)
     if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "tokenizer_config.json").is_file():
-        name = PeftConfig.from_pretrained(name).base_model_name_or_path
+        name = beside_script(PeftConfig.from_pretrained(name).base_model_name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
+        tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"model: {name!r} has no tokenizer: {one_line(error)}") from None
     for key in template_kwargs or {}:

@@ -8,6 +8,7 @@ import os
 import random
 import resource
 import runpy
+import signal
 import sys
 import tempfile
 import time
@@ -189,10 +190,11 @@ class Script:
         AcceleratorState._reset_state(reset_partial_state=True)
         with pytest.MonkeyPatch.context() as patch:
             if stop_after is not None:
-                received = MagicMock()  # mock of the list of received signals, true on the last check
-                received.__bool__.side_effect = [False] * stop_after + [True]
+                received = MagicMock()  # mock of the list of received signals, of which a run takes the first
+                received.__getitem__.side_effect = [[]] * stop_after + [[signal.SIGTERM]]
                 patch.setattr(runs, "stop_signals", lambda: contextlib.nullcontext(received))
-            self.module.main(self.config(folder, *overrides))
+            with contextlib.nullcontext() if stop_after is None else pytest.raises(SystemExit, match="^143$"):
+                self.module.main(self.config(folder, *overrides))
         return folder
 
 

@@ -1,8 +1,10 @@
 """Tests of both scripts: stopping, resuming, damaged files, full disks, kills. No interruption changes the result."""
 
+import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -11,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -132,6 +135,7 @@ def test_accuracy_by_tokens_of_lost_steps_is_purged(tmp_path, script):
     folder = script.train(tmp_path / "run", *overrides)
     uninterrupted = scalars(folder / "by_tokens")
     shutil.rmtree(folder / "checkpoints" / "step_000003")
+    shutil.rmtree(folder / "model")
     if script.key == "es":
         path = folder / "journal.jsonl"
         path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
@@ -180,7 +184,7 @@ def test_resuming_with_another_config_model_dataset_or_script_names_the_key(tmp_
         "learning_rate=0.5": "learning_rate: 0.5: the run was started with",
         "rewards={accuracy: 1.0}": "rewards: {'accuracy': 1.0}: the run was started with",
         "dtype=bfloat16": "dtype: 'bfloat16': the run was started with 'float32'",
-        f"{script.num_steps}=9": f"{script.num_steps}: 9: the run was started with 4",  # it sets the schedule
+        f"{script.num_steps}=9": f"another run_name and model={folder}/model to train on",  # it sets the schedule
         "resume=never": "already exists; choose another name or delete it",
         f"model={tmp_path / 'other'}": "starting weights: '",
         "device=cpu": "problems: '",  # the file has changed
@@ -200,7 +204,37 @@ def test_resuming_with_another_config_model_dataset_or_script_names_the_key(tmp_
     torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
 
 
+def test_moved_and_copied_runs_resume_where_their_config_lies(tmp_path, script, finished):
+    script.train(tmp_path / "logs" / "run", stop_after=2)
+    shutil.copytree(tmp_path / "logs" / "run", tmp_path / "copies" / "copy")
+    original = files_of(tmp_path / "logs")
+    script.module.main(load_config(script.config_class, tmp_path / "copies" / "copy" / "config.yml"))
+    assert_same_run(tmp_path / "copies" / "copy", finished[script.key])
+    assert files_of(tmp_path / "logs") == original and len(list(tmp_path.iterdir())) == 2
+
+
 # Damage
+
+
+@pytest.mark.parametrize("lost", ["checkpoints", "newest", "journal", "identity"])
+def test_finished_model_is_never_overwritten_after_its_state_is_lost(tmp_path, script, finished, lost):
+    folder = shutil.copytree(finished[script.key], tmp_path / "run")
+    if lost == "identity":
+        (folder / "identity.json").write_text("{")
+    elif lost == "journal":
+        (folder / "journal.jsonl").unlink(missing_ok=True)
+    else:
+        shutil.rmtree(folder / "checkpoints" if lost == "checkpoints" else checkpoint_folders(folder)[4])
+    if script.key == "es" and lost == "newest":  # the journal still has the last step
+        path = folder / "journal.jsonl"
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    before = files_of(folder)
+    if (script.key, lost) in [("grpo", "journal"), ("es", "checkpoints")]:  # nothing is lost
+        script.train(folder)
+        return
+    with pytest.raises(UserError, match="resume: .*(is damaged|is lost; move it away|is empty or missing)"):
+        script.train(folder)
+    assert files_of(folder) == before
 
 
 def test_run_resumes_from_the_last_undamaged_checkpoint_and_without_one_only_es_from_its_journal(
@@ -255,6 +289,7 @@ def copy_of_journal(finished, tmp_path, keeps_checkpoints=False):
     """Copy the ES run and return the path and lines of its journal. Without checkpoints, resuming replays all of it."""
     folder = shutil.copytree(finished["es"], tmp_path / "run")
     shutil.rmtree(folder / "model")
+    shutil.rmtree(folder / "model")  # it would not be overwritten
     if not keeps_checkpoints:
         shutil.rmtree(folder / "checkpoints")
     path = folder / "journal.jsonl"
@@ -370,15 +405,45 @@ def test_run_killed_again_and_again_ends_as_an_uninterrupted_one(tmp_path, scrip
     assert_same_run(folder, tmp_path / "uninterrupted")
 
 
+def pooled(completions, **columns):
+    """Reward function that works in child processes."""
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        return pool.map(len, completions)
+
+
+def processes_of(session):
+    stats = [path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")]
+    return [stat for stat in stats if stat[3] == str(session) and stat[0] not in "ZX"]
+
+
+def test_killed_run_leaves_no_children_behind_and_a_stopped_one_scores_its_step(tmp_path, script):
+    folder = tmp_path / "run"
+    overrides = ["rewards={accuracy: 1.0, 'test_resume:pooled': 0.01}", "checkpoint_every=1", f"{script.num_steps}=9"]
+    for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGHUP):
+        before = work_done(script, folder)
+        process = Process(script, folder, *overrides, patch=os.setsid, import_path=[ROOT / "tests"])
+        session = process.process.pid
+        at_work = functools.partial(processes_of, session)
+        process.wait_until(lambda done=before, at_work=at_work: work_done(script, folder) > done and len(at_work()) > 1)
+        kill = os.kill if number == signal.SIGKILL else os.killpg  # a terminal signals all processes
+        kill(session, number)
+        assert process.wait() == (-number if number == signal.SIGKILL else 128 + number), process.err
+        limit = time.monotonic() + 10
+        while at_work() and time.monotonic() < limit:
+            time.sleep(0.05)
+        assert not at_work()
+    assert script.train(folder, *overrides)
+
+
 def test_second_process_is_refused_and_a_second_signal_ends_the_first_at_once(tmp_path, script):
     (tmp_path / "slow_reward.py").write_text(
         "import time\ncalls = []\ndef f(completions, **columns):\n    calls.append(print('scoring', flush=True))\n"
-        "    time.sleep(60 * (len(calls) == 3))\n    return [float(len(text)) for text in completions]\n"
+        "    time.sleep(60 * (len(calls) == 4))\n    return [float(len(text)) for text in completions]\n"
     )
     folder, overrides = tmp_path / "run", ["rewards={'slow_reward:f': 1.0}", "checkpoint_every=1"]
-    overrides += ["population_batch=6"] * (script.key == "es")  # one call per step
+    overrides += ["population_batch=6"] * (script.key == "es")  # one call per step, after one before the run
     process = Process(script, folder, *overrides, import_path=[tmp_path])
-    process.wait_until(lambda: process.out.count("scoring") == 3)
+    process.wait_until(lambda: process.out.count("scoring") == 4)
     before = files_of(folder)
     with pytest.raises(UserError, match=f"run_name: {folder} is in use by another process"):
         script.train(folder)

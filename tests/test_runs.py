@@ -4,6 +4,7 @@ import contextlib
 import html
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -40,7 +41,7 @@ import generation
 import grpo_train
 import runs
 import utils
-from reward import UserError
+from reward import REWARDS, UserError, score
 from runs import checkpoint_folders, completion_table, newest_checkpoint, read_state, save_checkpoint
 
 # Signals
@@ -51,8 +52,9 @@ def test_signal_stops_after_the_step_with_a_checkpoint_and_prints_the_command_th
     process = Process(script, folder, *overrides)
     process.wait_until(lambda: "held-out" in process.out)  # output to a file is flushed line by line
     process.wait_until(lambda: 2 in checkpoint_folders(folder))
-    process.send_signal({"grpo": signal.SIGINT, "es": signal.SIGTERM}[script.key])
-    assert process.wait() == 0, process.err
+    number = {"grpo": signal.SIGINT, "es": signal.SIGTERM}[script.key]
+    process.send_signal(number)
+    assert process.wait() == 128 + number, process.err
     assert "stopping after this step; a second signal stops at once" in process.err and "Traceback" not in process.err
     step = int(re.search(r"stopped after step (\d+); to resume:\n", process.out)[1])
     assert 2 <= step < 10 and max(checkpoint_folders(folder)) == step and not (folder / "model").exists()
@@ -64,14 +66,40 @@ def test_signal_stops_after_the_step_with_a_checkpoint_and_prints_the_command_th
     assert_same_run(folder, script.train(tmp_path / "uninterrupted", *overrides))
 
 
-def test_first_signal_is_noted_the_second_is_not_caught_and_handlers_are_put_back():
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with runs.stop_signals() as received:
-        assert not received
-        signal.raise_signal(signal.SIGINT)
-        assert received == [signal.SIGINT]
-        assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+def test_first_signal_is_noted_the_second_is_not_caught_and_handlers_are_put_back(monkeypatch):
+    before = list(map(signal.getsignal, runs.STOP_SIGNALS))
+    for number in runs.STOP_SIGNALS:
+        with runs.stop_signals() as received:
+            assert not received
+            signal.raise_signal(number)
+            assert received == [number]
+            assert {signal.getsignal(each) for each in runs.STOP_SIGNALS} == {signal.SIG_DFL}
+        assert list(map(signal.getsignal, runs.STOP_SIGNALS)) == before
+    monkeypatch.setattr(runs, "STOP_SIGNALS", [signal.SIGHUP])
+    for ignored in (signal.SIG_IGN, signal.SIG_DFL):  # nohup, no nohup
+        signal.signal(signal.SIGHUP, ignored)
+        with runs.stop_signals() as received:
+            assert (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN) == (ignored == signal.SIG_IGN)
+
+
+def sleepy(seconds):
+    time.sleep(seconds)
+
+
+def test_processes_of_a_reward_function_end_when_told_and_survive_what_a_terminal_sends():
+    with runs.stop_signals() as received, multiprocessing.get_context("fork").Pool(2) as pool:
+        pids = [worker.pid for worker in multiprocessing.active_children()]
+        result = pool.map_async(sleepy, [0.5, 0.5])
+        time.sleep(0.2)
+        for pid in pids:
+            os.kill(pid, signal.SIGINT)
+            os.kill(pid, signal.SIGHUP)
+        assert result.get(timeout=20) == [None, None]
+        pool.terminate()
+        started = time.monotonic()
+        pool.join()
+        assert time.monotonic() - started < 20 and not received
+        assert not multiprocessing.active_children()
 
 
 # One-line errors for a full disk and out of memory
@@ -83,14 +111,17 @@ def last_line(monkeypatch, script, main):
     monkeypatch.setattr(signal, "signal", Mock())  # keep pytest's handlers
     with pytest.raises(SystemExit) as error:
         utils.run_from_command_line(main, script.config_class, ROOT / f"{script.key}_config.yml")
-    signal.signal.assert_any_call(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during setup exits without a traceback
     return str(error.value)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Exception("File too large (os error 27)")])
-def test_any_exception_for_a_full_disk_is_one_line(monkeypatch, error):
+def test_any_exception_for_a_full_disk_is_one_line_unless_a_reward_function_raised_it(monkeypatch, error):
     line = last_line(monkeypatch, SCRIPTS["grpo"], Mock(side_effect=error))
     assert line == f"error: the disk is full: {error}; earlier checkpoints are intact"
+    monkeypatch.setitem(REWARDS, "failing", Mock(side_effect=error))
+    items = [{"prompt": "3+4", "answer": "7"}]
+    with pytest.raises(type(error), match=re.escape(str(error))):
+        last_line(monkeypatch, SCRIPTS["grpo"], lambda config: score({"failing": 1.0}, ["7"], items))
 
 
 @pytest.mark.parametrize("where", ["grpo rollout", "grpo update", "es rollout"])
@@ -131,7 +162,7 @@ def test_non_finite_rewards_skip_steps_and_many_in_a_row_stop_the_run_with_the_r
     folder, overrides = tmp_path / "run", ["rewards={accuracy: 1.0, 'test_runs:sick': 1.0}", "lr_schedule=constant"]
     overrides += [f"{script.num_steps}=8", "max_skipped_steps=3", "keep_checkpoints=1", "checkpoint_every=1"]
     overrides += ["population_batch=6"] * (script.key == "es")  # one call per step
-    SICK[:] = [0, math.nan, 0, math.inf, 0, math.nan, math.nan, math.nan]
+    SICK[:] = [0, 0, math.nan, 0, math.inf, 0, math.nan, math.nan, math.nan]  # the first call is a check
     with pytest.raises(UserError) as error:
         script.train(folder, *overrides)
     assert str(error.value) == (
@@ -207,8 +238,9 @@ def test_folder_is_made_or_reopened_and_never_one_with_anything_else_in_it(tmp_p
     (tmp_path / "empty").mkdir()
     for name in ("new", "new", "empty", "begun", "killed"):
         assert find(run_name=name) == tmp_path / name and (tmp_path / name).is_dir()
-    monkeypatch.setattr(time, "strftime", lambda format: "begun")  # two unnamed runs in the same second
-    for values in ({"run_name": "begun", "resume": "never"}, {"run_name": None}, {"run_name": "foreign"}):
+    monkeypatch.setattr(time, "strftime", lambda format: "begun")  # unnamed runs in the same second
+    assert [find(run_name=None).name for _ in range(2)] == ["begun_2", "begun_3"]
+    for values in ({"run_name": "begun", "resume": "never"}, {"run_name": "foreign"}):
         with pytest.raises(UserError, match="(begun|foreign) already exists; choose another name or delete it"):
             find(**values)
 
@@ -366,6 +398,8 @@ def test_accuracy_is_logged_by_tokens_and_by_seconds_of_training(finished, scrip
 def test_wilson_interval_by_published_values():
     assert runs.wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-3)
     assert runs.wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-3)  # Newcombe 1998, table I
+    for trials in range(1, 600):  # no "-0.0%"
+        assert str(runs.wilson_interval(0, trials)[0])[0] != "-" and runs.wilson_interval(trials, trials)[1] <= 1
 
 
 @pytest.mark.parametrize(("num_steps", "hours"), [(60, 0), (1740, 100)])

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -225,6 +226,31 @@ def test_recipe_trains_the_embedded_model_and_its_suggested_models_load(recipe, 
     assert (tmp_path / "run" / "model" / "tokenizer.json").is_file()
 
 
+def test_script_runs_from_another_folder_with_what_lies_there(tmp_path):
+    (tmp_path / "my_rewards.py").write_text(
+        "def length(completions, **columns): return [len(x) for x in completions]\n"
+    )
+    problems = [{"prompt": f"Compute {i}+1", "answer": str(i + 1)} for i in range(20)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    small = "--prompts_per_step=2 group_size=2 max_new_tokens=4 lr_schedule=constant warmup_steps=0 device=cpu"
+    small += " dataset=sums.jsonl rewards={my_rewards:length:1}"
+    script = ROOT / "grpo_train.py"
+    out = run(f"python {script} {small} num_steps=1 2>&1", tmp_path)
+    (folder,) = (tmp_path / "grpo_logs").iterdir()
+    assert "model   tiny_model, 835,712 parameters" in out and (folder / "model").is_dir()
+    out = run(f"python {script} --config {folder.relative_to(tmp_path)}/config.yml num_steps=2 2>&1", tmp_path)
+    assert "resuming after step 1" in out and last_step(folder) == 2
+
+
+def test_ctrl_c_while_libraries_are_imported_shows_no_traceback(script):
+    command = [sys.executable, f"{script.name}.py"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while "torch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == (b"", b"") and process.returncode == -signal.SIGINT
+
+
 # Errors: bad input gives one line and starts nothing, a bug in code gives a traceback
 
 
@@ -240,6 +266,9 @@ BAD_INPUT = [
     ("run_name=taken", "taken already exists; choose another name or delete it"),
     ("max_new_tokens=500", "max_new_tokens: 500: a prompt of "),
     ("device=cuda", "device: cuda: PyTorch finds no GPU; use cpu or auto"),
+    ("--group_size=1", "command line: group_size: 1: should be greater than or equal to 2"),
+    ("--lr=1e-4", "command line: lr: 0.0001: unknown key, did you mean learning_rate?"),
+    ("--lr", "command line: lr: expected key=value"),
 ]
 
 
@@ -385,7 +414,7 @@ def test_signal_to_one_process_stops_all_after_the_same_step_and_two_resume_as_o
     processes = start_processes(2, script, folder, *overrides)
     processes[0].wait_until(lambda: last_step(folder) == 4)
     processes[1].send_signal(signal.SIGTERM)
-    assert [process.wait() for process in processes] == [0, 0]
+    assert [process.wait() for process in processes] == [143, 143]
     step, out = last_step(folder), processes[0].out
     assert 4 <= step < 30 and f"stopped after step {step}; to resume:" in out
     assert re.search(r"torchrun --nproc_per_node 2 \S+ --config \S+/config.yml$", out.rstrip())

@@ -7,7 +7,9 @@ import json
 import math
 import re
 import shutil
+from unittest.mock import Mock
 
+import peft
 import pytest
 import torch
 import transformers
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
+import grpo_train
 import utils
 from es_train import ESConfig
 from generation import Completions, generate
@@ -78,16 +81,56 @@ def test_overrides_replace_keys_of_the_file_missing_keys_take_defaults_and_1e5_i
     assert load_config(GRPOConfig, tmp_path / "config.yml", overrides) == GRPOConfig(**expected)
 
 
+TYPED = [
+    ("run_name=123456", "run_name", "123456"),
+    ("run_name=0x10", "run_name", "0x10"),
+    ("run_name=1:30", "run_name", "1:30"),
+    ("run_name=2026-11-28", "run_name", "2026-11-28"),
+    ("run_name=null", "run_name", None),
+    ("system_prompt=Answer: x  # y", "system_prompt", "Answer: x  # y"),
+    ("system_prompt='Answer: x'", "system_prompt", "Answer: x"),
+    ("system_prompt=", "system_prompt", ""),
+    ("num_steps=1e1", "num_steps", 10),
+    ("num_steps=1_000", "num_steps", 1000),
+    ("learning_rate=1e-4", "learning_rate", 1e-4),
+    ("lora=None", "lora", None),
+    ("rewards=accuracy", "rewards", {"accuracy": 1.0}),
+    ("rewards={accuracy:1,format:.5}", "rewards", {"accuracy": 1.0, "format": 0.5}),
+    ("rewards={my_rewards:f:0.5, accuracy: 1}", "rewards", {"my_rewards:f": 0.5, "accuracy": 1.0}),
+    ("dataset_args={max_operators:2}", "dataset_args", {"max_operators": 2}),
+    ("chat_template_kwargs={enable_thinking:false}", "chat_template_kwargs", {"enable_thinking": False}),
+]
+
+
+@pytest.mark.parametrize(("override", "key", "value"), TYPED)
+def test_values_are_read_as_people_type_them_and_survive_being_saved(tmp_path, override, key, value):
+    config = load_config(GRPOConfig, DEFAULTS["grpo"], [override])
+    assert getattr(config, key) == value and type(getattr(config, key)) is type(value)
+    (tmp_path / "config.yml").write_text(utils.config_text(config))
+    assert load_config(GRPOConfig, tmp_path / "config.yml") == config
+
+
+def test_config_of_a_run_names_the_folder_it_lies_in_unless_told_otherwise(tmp_path):
+    (tmp_path / "moved").mkdir()
+    file = tmp_path / "moved" / "config.yml"
+    file.write_text("log_dir: elsewhere\nrun_name: before\n")
+    assert load_config(GRPOConfig, file).run_name == "before"
+    (tmp_path / "moved" / "identity.json").touch()
+    config = load_config(GRPOConfig, file)
+    assert (config.log_dir, config.run_name) == (str(tmp_path), "moved")
+    assert load_config(GRPOConfig, file, ["run_name=other"]).run_name == "other"
+
+
 BAD_VALUES = {  # {expectation: overrides}, for each script that has the key
     "should be greater than 0": "temperature=0 learning_rate=-1 lora.rank=0 noise_scale=0",
     "should be greater than or equal to 2": "group_size=1 population_size=1",
     "should be a finite number": "learning_rate=.nan learning_rate=.inf",
     "should be a valid integer": "group_size=8.5 population_size=8.5",
-    "should be a valid dictionary": "rewards=accuracy lora=16",
+    "should be a valid dictionary": "rewards=7 lora=16",
     "should be 'auto' or 'never'": "resume=runs/a",
     "unknown key, did you mean lora.rank?": "lora.rnk=8",
     "unknown key, the keys are rank, alpha, target_modules": "lora.dropout=0.1",
-    "unknown key, did you mean learning_rate?": "lerning_rate=1",
+    "unknown key, did you mean learning_rate?": "lerning_rate=1 lr=1",
     "unknown key, the keys are model, ": "zzz=1",
 }
 
@@ -97,7 +140,7 @@ def test_bad_value_gets_one_line_with_source_key_value_and_expectation(tmp_path,
     file = tmp_path / "edited.yml"
     for override, (key, config_class) in itertools.product(BAD_VALUES[expected].split(), CLASSES.items()):
         name, _, text = override.partition("=")
-        if name.partition(".")[0] not in {*config_class.model_fields, "lerning_rate", "zzz"}:
+        if name.partition(".")[0] not in {*config_class.model_fields, "lerning_rate", "lr", "zzz"}:
             continue
         value = yaml.safe_load(text)
         message = re.escape(f"{name}: {value}: {expected}") + r"[^\n]*$"
@@ -143,6 +186,7 @@ HOSTILE_FILES = {
     b"\x7fELF\x02\x01\x00\xff": "'utf-8' codec can't decode byte",
     b"[" * 5_000: "recursion",
     b"".join(b"k%d: 1\n" % i for i in range(2_000)): "k0: 1: unknown key",
+    b"zzz: 1": "cuda_graphs, dataset, dataset_args, system_prompt, ",
     b"!!python/object/apply:os.system ['true']": "could not determine a constructor",
     b"seed: " + b"1" * 5_000: "Exceeds the limit",
 }
@@ -395,6 +439,79 @@ def test_token_that_ends_a_turn_stops_a_row_and_odd_special_tokens_are_named_or_
     monkeypatch.setattr(utils, "stop_ids", lambda model, tokenizer: [])
     with pytest.raises(UserError, match="neither its tokenizer nor its generation config has an end token"):
         set_up(config, "float32")
+
+
+def test_everything_that_needs_no_model_is_checked_before_one_is_loaded(tmp_path, monkeypatch, capsys):
+    """Reward functions are called, runs are recognized, and problems that are in both sets are counted."""
+    monkeypatch.setattr(utils, "load_model", Mock(side_effect=ZeroDivisionError))  # reached only without an error
+
+    def refuse(message, **values):
+        config = GRPOConfig(**{"device": "cpu", "log_dir": str(tmp_path), **values})
+        with pytest.raises(UserError, match=message):
+            grpo_train.main(config)
+
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").touch()
+    refuse("run_name: .*taken already exists", run_name="taken")
+    (tmp_path / "my_rewards.py").write_text(
+        "def wrong(completions, **columns): return 0\n"
+        "def hard(completions, level, **columns): return [0.0] * len(completions)\n"
+        "def right(completions, **columns): return [0.0] * len(completions)\n"
+    )
+    refuse("my_rewards.py:wrong returned 0, expected a list of 2", rewards={f"{tmp_path}/my_rewards.py:wrong": 1.0})
+    refuse("hard: missing a required argument: 'level'; the columns are answer", rewards={"my_rewards:hard": 1.0})
+    for name in ("WORLD_SIZE", "PMI_SIZE"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "2")
+            refuse(f"the environment has {name}=2: start with torchrun, or unset {name}")
+    for split in ("train", "test"):
+        problems = [{"prompt": f"{i}?", "answer": "1"} for i in range(9 if split == "train" else 3)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    data = str(tmp_path / "train.jsonl")
+    with pytest.raises(ZeroDivisionError):
+        more = {"dataset": data, "rewards": {"my_rewards:right": 1.0}}
+        grpo_train.main(GRPOConfig(device="cpu", log_dir=str(tmp_path), **more))
+    assert capsys.readouterr().out == "3 of 3 held-out problems are also in the training set\n"
+
+
+def test_folders_that_are_no_model_to_train_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def refuse(name, message):
+        with pytest.raises(UserError, match=f"^model: '{name.replace('~', str(tmp_path))}'.*{message}"):
+            load_model(name, "float32", "cpu")
+
+    for name in ("./typo", "~/typo", "../typo", "/typo", "typo"):
+        refuse(name, "no such folder")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "identity.json").touch()
+    refuse("~/run", f"is a run; its model is {tmp_path}/run/model")
+    settings = json.loads((ROOT / "tiny_model" / "config.json").read_text())
+    for number, (more, message) in enumerate(
+        [
+            ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "its weights are quantized"),
+            ({"model_type": "new", "auto_map": {"AutoConfig": "code.New"}}, "it needs Python code of its own"),
+        ]
+    ):
+        (tmp_path / f"model{number}").mkdir()
+        (tmp_path / f"model{number}" / "config.json").write_text(json.dumps(settings | more))
+        refuse(f"~/model{number}", message)
+
+
+def test_adapter_on_a_weight_that_two_layers_share_is_refused(tmp_path):
+    for targets in (["q_proj", "lm_head"], ["lm_head"]):
+        with pytest.raises(UserError, match="lora.target_modules: lm_head: the model's lm_head and embedding share"):
+            grpo_train.make_policy(make_model(), LoRA(rank=2, target_modules=targets), False)
+        make_model().save_pretrained(tmp_path / "base")
+        adapted = peft.get_peft_model(make_model(), peft.LoraConfig(r=2, target_modules=targets))
+        adapted.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
+        file = tmp_path / "lora" / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
+        with pytest.raises(UserError, match="lora.target_modules: lm_head: the model's lm_head and embedding share"):
+            load_model(str(tmp_path / "lora"), "float32", "cpu")
+    assert grpo_train.make_policy(
+        make_model(tie_word_embeddings=False), LoRA(rank=2, target_modules=["lm_head"]), False
+    )
 
 
 SIZE = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "vocab_size": 64, "pad_token_id": 0}
