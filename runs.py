@@ -377,17 +377,11 @@ def stop_signals():
 
     With several processes, further signals are ignored: launchers forward the signal that the terminal has already sent
     to each process. They kill processes that do not end in time. Signals that are ignored already, as with nohup, stay
-    ignored. Processes that a reward function forks inherit the handler, but end on SIGTERM, and ignore the signals that
-    a terminal sends to them, too, so that the step can finish.
+    ignored.
     """
-    received, is_alone, process = [], int(os.environ.get("WORLD_SIZE", 1)) == 1, os.getpid()
+    received, is_alone = [], int(os.environ.get("WORLD_SIZE", 1)) == 1
 
     def handle(number, frame):
-        if os.getpid() != process:
-            if number == signal.SIGTERM:
-                signal.signal(number, signal.SIG_DFL)
-                signal.raise_signal(number)
-            return
         received.append(number)
         for each in handlers:
             signal.signal(each, signal.SIG_DFL if is_alone else signal.SIG_IGN)
@@ -395,11 +389,36 @@ def stop_signals():
 
     heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     handlers = {number: signal.signal(number, handle) for number in heeded}
+    HEEDED.update(handlers)
     try:
         yield received
     finally:
+        HEEDED.clear()
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+HEEDED = set()  # signals that `stop_signals` handles now
+
+
+def start_child():
+    """In a process that a reward function forks: end on SIGTERM and with the run, even if that is killed.
+
+    Ignore what a terminal sends to all processes, so that the step can finish.
+    """
+    for number in HEEDED:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    if HEEDED:
+        threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
+
+
+def end_with(parent):
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+os.register_at_fork(after_in_child=start_child)
 
 
 def completion_metrics(scores):
@@ -559,9 +578,8 @@ def check_model(folder, step):
     """Raise UserError if resuming after `step` would overwrite the trained model of a later step."""
     file = folder / "model" / EVALUATION
     if file.exists() and json.loads(file.read_text())["step"] > step:
-        raise UserError(
-            f"resume: {file.parent} is complete, but later steps than {step} are lost; move it to train again"
-        )
+        lost = f"the run's state after step {max(step, 0)} is lost"
+        raise UserError(f"resume: {file.parent} is complete, but {lost}; move it away to train again")
 
 
 def write_file(path, text):
