@@ -404,10 +404,12 @@ HEEDED = set()  # signals that `stop_signals` handles now
 def start_child():
     """In a process that a reward function forks: end on SIGTERM and with the run, even if that is killed.
 
-    Ignore what a terminal sends to all processes, so that the step can finish.
+    Ignore what a terminal sends to all processes, so that the step can finish. While Python forks, it loses signals for
+    which it has a handler, so they are blocked meanwhile.
     """
     for number in HEEDED:
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HEEDED)
     if HEEDED:
         threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
 
@@ -418,7 +420,11 @@ def end_with(parent):
     os._exit(1)
 
 
-os.register_at_fork(after_in_child=start_child)
+os.register_at_fork(
+    before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, HEEDED),
+    after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, HEEDED),
+    after_in_child=start_child,
+)
 
 
 def completion_metrics(scores):

@@ -431,7 +431,8 @@ def test_killed_run_leaves_no_children_behind_and_a_stopped_one_scores_its_step(
         while at_work() and time.monotonic() < limit:
             time.sleep(0.05)
         assert not at_work()
-    assert script.train(folder, *overrides)
+    process = Process(script, folder, *overrides, import_path=[ROOT / "tests"])
+    assert process.wait() == 0, process.err
 
 
 def test_second_process_is_refused_and_a_second_signal_ends_the_first_at_once(tmp_path, script):
