@@ -453,13 +453,13 @@ def test_everything_that_needs_no_model_is_checked_before_one_is_loaded(tmp_path
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes.txt").touch()
     refuse("run_name: .*taken already exists", run_name="taken")
-    (tmp_path / "rewards_to_check.py").write_text(
+    (tmp_path / "checked.py").write_text(
         "def wrong(completions, **columns): return 0\n"
         "def hard(completions, level, **columns): return [0.0] * len(completions)\n"
         "def right(completions, **columns): return [0.0] * len(completions)\n"
     )
-    refuse("rewards_to_check.py:wrong returned 0, expected a list of 2", rewards={f"{tmp_path}/rewards_to_check.py:wrong": 1.0})
-    refuse("hard: missing a required argument: 'level'; the columns are answer", rewards={"rewards_to_check:hard": 1.0})
+    refuse("checked.py:wrong returned 0, expected a list of 2", rewards={f"{tmp_path}/checked.py:wrong": 1.0})
+    refuse("hard: missing a required argument: 'level'; the columns are answer", rewards={"checked:hard": 1.0})
     for name in ("WORLD_SIZE", "PMI_SIZE"):
         with monkeypatch.context() as patch:
             patch.setenv(name, "2")
@@ -469,7 +469,7 @@ def test_everything_that_needs_no_model_is_checked_before_one_is_loaded(tmp_path
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, problems)))
     data = str(tmp_path / "train.jsonl")
     with pytest.raises(ZeroDivisionError):
-        more = {"dataset": data, "rewards": {"rewards_to_check:right": 1.0}}
+        more = {"dataset": data, "rewards": {"checked:right": 1.0}}
         grpo_train.main(GRPOConfig(device="cpu", log_dir=str(tmp_path), **more))
     assert capsys.readouterr().out == "3 of 3 held-out problems are also in the training set\n"
 
