@@ -304,9 +304,10 @@ def read_jsonl(file):
     """Yield (line number, object) for each nonblank line of the file. Raise UserError that names a bad line."""
     if not Path(file).is_file():
         raise UserError(f"dataset: {file} does not exist")
-    if Path(file).read_bytes()[:99].strip().startswith(b"["):
+    content = Path(file).read_bytes()
+    if content[:99].strip().startswith(b"["):
         raise UserError(f"{file}, line 1: a JSON array, expected one object per line")
-    for number, line in enumerate(Path(file).read_bytes().splitlines(), start=1):
+    for number, line in enumerate(content.splitlines(), start=1):
         if not line.strip():
             continue
         try:

@@ -100,6 +100,17 @@ def test_processes_of_a_reward_function_end_when_told_and_survive_what_a_termina
         pool.join()
         assert time.monotonic() - started < 20 and not received
         assert not multiprocessing.active_children()
+        for _ in range(20):  # a signal that arrives while the process is still being forked is not lost
+            pid = os.fork()
+            if pid == 0:
+                time.sleep(60)
+                os._exit(0)
+            os.kill(pid, signal.SIGTERM)
+            limit = time.monotonic() + 10
+            while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0 and time.monotonic() < limit:
+                time.sleep(0.01)
+            os.kill(pid, signal.SIGKILL) if ended[0] == 0 else None
+            assert os.WTERMSIG(ended[1]) == signal.SIGTERM
 
 
 # One-line errors for a full disk and out of memory
