@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from unittest.mock import Mock
 
+import mutants
 import pytest
 import torch
 from accelerate.utils import set_seed
@@ -516,6 +517,14 @@ def test_every_promise_names_a_test_that_exists():
     named = re.findall(r"`(test_\w+)`", promises)
     assert len(named) > 60
     assert [name for name in named if f"def {name}(" not in tests] == []
+
+
+def test_every_mutant_breaks_one_place_in_the_code():
+    rows = mutants.ROW.findall((ROOT / "tests" / "README.md").read_text(encoding="utf-8"))
+    assert len(rows) > 180
+    for row in rows:
+        file, old, *_ = map(mutants.unescape, row)
+        assert (ROOT / file).read_text(encoding="utf-8").count(old) == 1, row
 
 
 def test_every_file_that_readme_names_exists():
