@@ -240,7 +240,7 @@ class GSM8KDataset(Problems):
 
     @validate_call
     def __init__(self, split: Split, path: str | None = None):
-        file = Path(path) / f"{split}.jsonl" if path else self.download(split)
+        file = Path(path).expanduser() / f"{split}.jsonl" if path else self.download(split)
         self.items = []
         for number, row in read_jsonl(file):
             question, (_, marker, answer) = row.get("question"), str(row.get("answer")).rpartition("####")
@@ -294,8 +294,10 @@ class JSONLDataset(Problems):
                 raise UserError(f"{file}, line {number}: keys {sorted(row)}, but line 1 has {sorted(self.items[0])}")
             self.items.append(row)
         if not test_path.is_file():
-            held_out = set(random.Random(0).sample(range(len(self.items)), len(self.items) // 10))
-            self.items = [item for i, item in enumerate(self.items) if (i in held_out) == (split == "test")]
+            order = range(len(self.items))
+            held_out = random.Random(0).sample(order, len(order) // 10)  # in random order, for a smaller eval_size
+            kept = held_out if split == "test" else sorted(set(order) - set(held_out))
+            self.items = [self.items[i] for i in kept]
         if not self.items:
             raise UserError(f"{file} has no {split} problems; without {test_path.name}, a tenth is held out")
 

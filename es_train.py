@@ -40,8 +40,8 @@ import math
 import signal
 from typing import Literal
 
-if __name__ == "__main__":  # no traceback for Ctrl-C while libraries are imported and the model is loaded
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for Ctrl-C while imports and loading take their time
 
 import torch
 from peft import PeftModel
@@ -74,7 +74,7 @@ class ESConfig(utils.RunConfig):
     population_batch: PositiveInt = 32
     # Evaluation and logs
     eval_every: PositiveInt = 10
-    log_dir: str = "es_logs"
+    log_dir: utils.UserPath = "es_logs"
 
     @model_validator(mode="after")
     def pairs_are_whole(self):

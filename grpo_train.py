@@ -43,8 +43,8 @@ import os
 import signal
 from typing import Annotated, Literal
 
-if __name__ == "__main__":  # no traceback for Ctrl-C while libraries are imported and the model is loaded
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for Ctrl-C while imports and loading take their time
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -97,7 +97,7 @@ class GRPOConfig(utils.RunConfig):
     # Memory and speed, logs
     micro_batch_tokens: PositiveInt = 4096
     generation_batch_size: PositiveInt = 256
-    log_dir: str = "grpo_logs"
+    log_dir: utils.UserPath = "grpo_logs"
 
 
 # --- The math ---------------------------------------------------------------------------------------------------------

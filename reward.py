@@ -187,8 +187,8 @@ def values_in(text):
 def final_part(text):
     """Return the part of a text that a person would look at for the final answer, and its kind.
 
-    "field": the last answer tag, else the last \\boxed{}; "sentence": after the last "####", else after the last
-    "answer is" or "Answer:"; "text": all of it
+    "field": the last answer tag, else the last \\boxed{}; "line": what follows the last "####", else the last "answer
+    is" or "Answer:"; "text": all of it
     """
     start, end = text.rfind("<answer>"), text.rfind("</answer>")
     if start >= 0:
@@ -197,11 +197,11 @@ def final_part(text):
     end = _closing(text, start + len("\\boxed")) if start >= 0 else -1
     if end >= 0:
         return text[start + len("\\boxed{") : end], "field"
-    found = list(re.finditer("####", text)) or list(re.finditer("answer is|answer:", text, re.IGNORECASE))
+    found = list(re.finditer("####", text)) or list(re.finditer(r"answer is|answer[*_]*:", text, re.IGNORECASE))
     if not found:
         return text, "text"
     after = re.sub(r"(?<=\n)[ \t]*(?:[-*•]|1[.)])[ \t]+", "", text[found[-1].end() :][:MAX_ANSWER_CHARS])
-    return re.split(r"\.\s|\n", after.strip(" :*\n"), maxsplit=1)[0], "sentence"
+    return after.strip(" :*_\n").partition("\n")[0], "line"
 
 
 _CHOICE = re.compile(r"\W{0,3}(or|and)\W")  # "5 or 6" is not an answer
@@ -210,18 +210,19 @@ _CHOICE = re.compile(r"\W{0,3}(or|and)\W")  # "5 or 6" is not an answer
 def lenient_answer(text):
     """Return the value that a person would read as the final answer, as text, or None.
 
-    It is the only value of the `final_part` if that is a field, the first one if it is a sentence. Without a field and
-    without a value in the sentence, it is the last value of the text.
+    It is the only value of the `final_part` if that is a field, the first one of a line's first sentence. Without a
+    field and without a value in the sentence, it is the last value of the text.
     """
     text = text[-MAX_TEXT_CHARS:]
     part, kind = final_part(text)
     if kind == "field":
         return single_value(part)
-    if kind == "sentence":
-        values = values_in(part)
+    if kind == "line":
+        sentence = re.split(r"\.\s", part, maxsplit=1)[0]
+        values = values_in(sentence)
         first = next(filter(None, values), None)
         if first:
-            return None if len(values) > 1 and _CHOICE.match(part.partition(first)[2]) else first
+            return None if len(values) > 1 and _CHOICE.match(sentence.partition(first)[2]) else first
     tail = text[-MAX_TAIL_CHARS:]
     if len(tail) < len(text):  # the first value may be incomplete
         tail = tail.lstrip("0123456789xX^*+-−./,$% ")
@@ -243,9 +244,9 @@ def reference_value(reference):
 
 
 def plain_word(text):
-    """Return a word or choice in lower case, without typesetting: "(B)", "**B**", "\\text{B}", "B.", "B)" are "b"."""
-    text = unwrapped(_TEXT.sub(r"\1", text[:MAX_ANSWER_CHARS]))
-    return " ".join(text.removesuffix("" if "(" in text else ")").casefold().split())
+    """Return a word or choice without typesetting: (B), **B**, \\text{B}, "B", B. and B) are B."""
+    text = unwrapped(_TEXT.sub(r"\1", text[:MAX_ANSWER_CHARS]).replace("\\(", "").replace("\\)", "")).strip("\"'")
+    return " ".join(text.removesuffix("" if "(" in text else ")").split())
 
 
 def same_answer(answer, reference):
@@ -254,7 +255,7 @@ def same_answer(answer, reference):
         return False
     value = reference_value(reference)
     if value is None:
-        return plain_word(answer) == plain_word(reference)
+        return plain_word(answer).casefold() == plain_word(reference).casefold()
     return parse_value(answer) == value
 
 
@@ -265,18 +266,19 @@ def strict_correct(text, reference):
 def lenient_correct(text, reference):
     """Return True for a correct final answer in any format, and for every strictly correct text.
 
-    A word or choice must be the whole field or last line, or begin the sentence of the `final_part`.
+    A word or choice must be the whole field or last line, or begin the line of the `final_part`.
     """
     if strict_correct(text, reference):
         return True
     if reference_value(reference) is not None:
         return same_answer(lenient_answer(text), reference)
     part, kind = final_part(text[-MAX_TEXT_CHARS:])
-    if kind != "sentence":
+    if kind != "line":
         return same_answer(part if kind == "field" else part.strip().rpartition("\n")[2], reference)
-    word, sentence = r"\s+".join(map(re.escape, reference.split())), _TEXT.sub(r"\1", part)
-    start = re.match(rf"[\W_]*{word}(?!\w)", sentence, 0 if len(word) == 1 else re.IGNORECASE)  # "a" is an article
-    return bool(start) and not _CHOICE.match(sentence, start.end())
+    word, line = r"\s+".join(map(re.escape, plain_word(reference).split())), _TEXT.sub(r"\1", part)
+    case = 0 if word in "AaIi" else re.IGNORECASE  # "the answer is a dog"
+    start = re.match(rf"[\W_]*(?:(?:the|option|choice)\b[\W_]*)?{word}(?![\w+#])", line, case)
+    return bool(start) and not re.match(r"\W{0,3}or\W|[^\w,]{0,3}and\W", line[start.end() :])
 
 
 def accuracy_reward(completions, answer, **columns):
@@ -314,15 +316,21 @@ def find_reward(name):
     module_name, _, function_name = name.rpartition(":")
     if not module_name or not function_name:
         raise UserError(f"rewards: {name!r}: expected one of {', '.join(REWARDS)}, or my_module:my_function")
-    if module_name.endswith(".py"):
-        folder, module_name = os.path.split(module_name.removesuffix(".py"))
-        sys.path.insert(0, os.path.abspath(folder))
+    file = os.path.abspath(os.path.expanduser(module_name)) if module_name.endswith(".py") else None
+    if file:
+        folder, module_name = os.path.split(file.removesuffix(".py"))
+        if not os.path.isfile(file):
+            raise UserError(f"rewards: {name!r}: there is no file {file}")
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):  # the module exists, but one of its imports does not
             raise
         raise UserError(f"rewards: {name!r}: there is no module {error.name}") from None
+    if file and module.__file__ != file:
+        raise UserError(f"rewards: {name!r}: {module.__file__} has the same name; rename the file")
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"rewards: {name!r}: {module_name} has no function {function_name}")

@@ -31,7 +31,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from reward import UserError, lenient_correct, strict_correct
-from utils import config_text, fingerprint, one_line, save_model
+from utils import RUN_FILES, config_text, fingerprint, one_line, save_model, say
 
 # Keys that may change when a run resumes. The model may have moved, so its weights are compared instead.
 FREE_KEYS = {"model", "cache_dir", "device", "cuda_graphs", "gradient_checkpointing", "micro_batch_tokens"}
@@ -131,15 +131,15 @@ class Run:
         num_base = sum(p.numel() for name, p in setup.model.named_parameters() if "lora_" not in name)
         num_trained = sum(weight.numel() for weight in self.weights.values())
         gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
-        print(f"model   {config.model}, {num_base:,} parameters, {num_trained:,} trained")
-        print(f"device  {self.accelerator.num_processes} x {device.type}{gpu}, {config.dtype}")
-        print(f"data    {config.dataset}, {len(setup.train_set):,} problems, {len(setup.test_set):,} held out")
-        print(f"step    {step_text}, up to {config.max_new_tokens} tokens each")
-        print(f"run     {self.num_steps:,} steps -> {self.folder}")
+        self.say(f"model   {config.model}, {num_base:,} parameters, {num_trained:,} trained")
+        self.say(f"device  {self.accelerator.num_processes} x {device.type}{gpu}, {config.dtype}")
+        self.say(f"data    {config.dataset}, {len(setup.train_set):,} problems, {len(setup.test_set):,} held out")
+        self.say(f"step    {step_text}, up to {config.max_new_tokens} tokens each")
+        self.say(f"run     {self.num_steps:,} steps -> {self.folder}")
         if self.state:
             is_finished = self.state["step"] == self.num_steps
             note = ", the last: nothing is left to train; another run needs another run_name" if is_finished else ""
-            print(f"resuming after step {self.state['step']}{note}")
+            self.say(f"resuming after step {self.state['step']}{note}")
 
     def steps(self):
         """Yield the remaining steps. After each one, evaluate, write the journal and save when due.
@@ -249,10 +249,9 @@ class Run:
                     )
 
     def say(self, text):
-        """Print a line above the progress bar, from the first process only."""
+        """Print a line from the first process only."""
         if self.is_main:
-            with contextlib.suppress(OSError):  # the reader of a pipe may be gone
-                tqdm.write(text)
+            say(text)
 
     def _show_progress(self, metrics):
         rate = tqdm.format_sizeof(float(metrics["throughput/tokens_per_second"]))
@@ -346,29 +345,31 @@ class Run:
             self.lock.release()
 
     def _print_result(self, after):
+        """Save the trained model. Print the result, how to load it, and which evaluation was the best."""
         self.tensorboard.file_writer.add_summary(hparams({}, {})[2])  # marks the run as finished in HPARAMS
-        print_summary([self.state["before"], after][: 1 + bool(self.num_steps)], len(self.setup.test_set))
+        model, path, best = self.setup.model, self.folder / "model", self.state["best"]
+        if self.num_steps:
+            self._save_model(path, after)
+        self.say(summary([self.state["before"], after][: 1 + bool(self.num_steps)], len(self.setup.test_set)))
         if self.num_steps == 0:
             return
-        model, path, best = self.setup.model, self.folder / "model", self.state["best"]
         if best["step"] == 0:
-            print("No evaluation was better than the one before training.")
+            self.say("No evaluation was better than the one before training.")
         elif best["step"] < self.num_steps:
             reached = f"{best['strict']:.1%} after step {best['step']}"
-            print(f"Best evaluation: strict {reached}, saved in {self.folder / 'best'}.")
-            print("It was selected on the held-out problems, so its accuracy is optimistic.")
+            self.say(f"Best evaluation: strict {reached}, saved in {self.folder / 'best'}.")
+            self.say("It was selected on the held-out problems, so its accuracy is optimistic.")
             if self._is_below_best(after):
-                print("The final model is significantly worse. Use best/.")
+                self.say("The final model is significantly worse. Use best/.")
         seconds, total = self.state["seconds"], time.perf_counter() - self.start
-        print(f"The training steps took {seconds:.0f} s in total. This process ran for {total:.0f} s.")
-        self._save_model(path, after)
-        print(f"TensorBoard: tensorboard --logdir={self.config.log_dir}\nSaved the model to {path}. To load it:")
+        self.say(f"The training steps took {seconds:.0f} s in total. This process ran for {total:.0f} s.")
+        self.say(f"TensorBoard: tensorboard --logdir={self.config.log_dir}\nSaved the model to {path}. To load it:")
         if hasattr(model, "peft_config"):
             base = model.peft_config["default"].base_model_name_or_path
-            print(f'    base = AutoModelForCausalLM.from_pretrained("{base}")')
-            print(f'    PeftModel.from_pretrained(base, "{path}")')
+            self.say(f'    base = AutoModelForCausalLM.from_pretrained("{base}")')
+            self.say(f'    PeftModel.from_pretrained(base, "{path}")')
         else:
-            print(f'    AutoModelForCausalLM.from_pretrained("{path}")')
+            self.say(f'    AutoModelForCausalLM.from_pretrained("{path}")')
 
 
 @contextlib.contextmanager
@@ -385,20 +386,16 @@ def stop_signals():
         received.append(number)
         for each in handlers:
             signal.signal(each, signal.SIG_DFL if is_alone else signal.SIG_IGN)
-        os.write(2, b"\nstopping after this step" + b"; a second signal stops at once" * is_alone + b"\n")
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            os.write(2, b"\nstopping after this step" + b"; a second signal stops at once" * is_alone + b"\n")
 
     heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     handlers = {number: signal.signal(number, handle) for number in heeded}
-    HEEDED.update(handlers)
     try:
         yield received
     finally:
-        HEEDED.clear()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-HEEDED = set()  # signals that `stop_signals` handles now
 
 
 def start_child():
@@ -407,11 +404,11 @@ def start_child():
     Ignore what a terminal sends to all processes, so that the step can finish. While Python forks, it loses signals for
     which it has a handler, so they are blocked meanwhile.
     """
-    for number in HEEDED:
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, HEEDED)
-    if HEEDED:
-        threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
 
 
 def end_with(parent):
@@ -421,8 +418,8 @@ def end_with(parent):
 
 
 os.register_at_fork(
-    before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, HEEDED),
-    after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, HEEDED),
+    before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS),
+    after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS),
     after_in_child=start_child,
 )
 
@@ -472,15 +469,16 @@ def wilson_interval(successes, trials):
     return max(0.0, (center - spread) / (1 + z * z / trials)), min(1.0, (center + spread) / (1 + z * z / trials))
 
 
-def print_summary(results, num_problems):
-    """Print held-out accuracy with its 95% interval. results: [{"strict": accuracy, "lenient": accuracy}], in order"""
-    print(f"\nHeld-out accuracy, greedy decoding, {num_problems} problems (95% interval)")
+def summary(results, num_problems):
+    """Format held-out accuracy with its 95% interval. results: [{"strict": share, "lenient": share}], in order"""
+    lines = [f"\nHeld-out accuracy, greedy decoding, {num_problems} problems (95% interval)"]
     for name in ("strict", "lenient"):
         cells = []
         for share in (result[name] for result in results):
             low, high = wilson_interval(round(share * num_problems), num_problems)
             cells.append(f"{share:6.1%} ({low:.1%} to {high:.1%})")
-        print(f"    {name:8}{'  ->  '.join(cells)}")
+        lines.append(f"    {name:8}{'  ->  '.join(cells)}")
+    return "\n".join(lines)
 
 
 def resume_command(folder):
@@ -489,28 +487,23 @@ def resume_command(folder):
     return f"{launcher} {shlex.quote(sys.argv[0])} --config {shlex.quote(str(folder / 'config.yml'))}"
 
 
-def check_folder(config, create=False):
-    """Return the path of the run's folder, and create it if asked.
-
-    Raise UserError if that is impossible, or if the folder holds anything but a run that may resume.
-    """
+def check_folder(config):
+    """Return the path of the run's folder. Raise UserError if it holds anything but a run that may resume."""
     folder = Path(config.log_dir) / (config.run_name or time.strftime("%Y-%m-%d_%H-%M-%S"))
     traces = {"lock", "identity.json.partial"}  # a run that is killed while it starts leaves only these
     try:
-        is_run = (folder / "identity.json").is_file() and config.resume == "auto"
-        if config.run_name and folder.exists() and not is_run and set(os.listdir(folder)) - traces:
-            raise UserError(f"run_name: {folder} already exists; choose another name or delete it")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if create and config.run_name:
-            folder.mkdir(exist_ok=True)
-        elif create:  # several runs may start within one second
-            for suffix in ("", *(f"_{number}" for number in range(2, 100))):
-                with contextlib.suppress(FileExistsError):
-                    path = folder.with_name(folder.name + suffix)
-                    path.mkdir()
-                    return path
+        existing = next(path for path in [folder, *folder.parents] if path.exists())
+        found = set(os.listdir(existing)) - traces if existing == folder and config.run_name else None
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise PermissionError(f"{existing} is not a folder that can be written to")
     except (OSError, ValueError) as error:
         raise UserError(f"log_dir: {folder} cannot be created: {one_line(error)}") from None
+    if found and "identity.json" not in found and found & RUN_FILES:
+        raise UserError(f"resume: {folder / 'identity.json'} is missing, so that the run cannot resume")
+    if found and ("identity.json" not in found or config.resume != "auto"):
+        raise UserError(f"run_name: {folder} already exists; choose another name or delete it")
+    if found:
+        read_json(folder / "identity.json")
     return folder
 
 
@@ -519,14 +512,22 @@ def open_folder(config):
 
     Return the folder, the config that resumes the run, and the lock.
     """
-    folder = check_folder(config, create=True)
+    while True:
+        folder = check_folder(config)
+        try:
+            folder.mkdir(parents=True, exist_ok=bool(config.run_name))
+            break
+        except FileExistsError:  # another run has started in this second
+            time.sleep(1)
+        except OSError as error:
+            raise UserError(f"log_dir: {folder} cannot be created: {one_line(error)}") from None
     lock = filelock.FileLock(folder / "lock", timeout=0, is_singleton=True)
     try:
         lock.acquire()
     except filelock.Timeout:
         raise UserError(f"run_name: {folder} is in use by another process") from None
     except OSError as error:  # a file system without locks
-        print(f"warning: {folder} cannot be locked: {error}; do not start a second run in it")
+        say(f"warning: {folder} cannot be locked: {error}; do not start a second run in it")
     paths = {"log_dir": str(folder.parent), "run_name": folder.name, "resume": "auto"}
     return folder, config.model_copy(update=paths), lock
 
@@ -553,26 +554,26 @@ def find_progress(folder, identity, journal):
     Return ({}, None, []) if nothing is saved yet. Raise UserError if the folder holds a run with another `identity`.
     """
     states, file = read_journal(folder / "journal.jsonl"), folder / "identity.json"
-    try:
-        theirs = json.loads(file.read_text()) if file.is_file() else identity
-    except ValueError:
-        raise UserError(f"resume: {file} is damaged") from None
+    theirs = read_json(file) if file.is_file() else identity
     is_new = not states and not checkpoint_folders(folder)  # such a run may start again with other keys
+    if identity["problems"] == theirs.get("problems"):  # their files may have moved
+        theirs |= {key: identity[key] for key in ("dataset", "dataset_args") if key in theirs}
     for key in ["script"] if is_new else identity | theirs:
         ours, other = identity.get(key), theirs.get(key)
         if ours != other:
             started = f"with {other!r}" if key in theirs else "without this key"
-            advice = "use another run_name" + f" and model={folder / 'model'} to train on" * key.startswith("num_")
+            can_train_on = key.startswith("num_") and (folder / "model").is_dir()
+            advice = "use another run_name" + f" and model={folder / 'model'} to train on" * can_train_on
             raise UserError(f"resume: {folder}: {key}: {ours!r}: the run was started {started}; {advice}")
     if is_new:
         check_model(folder, -1)
         if file.is_file():
-            print(f"resume: {folder} has no saved steps; starting from step 0")
+            say(f"resume: {folder} has no saved steps; starting from step 0")
         write_file(file, json.dumps(identity))
         return {}, None, []
-    checkpoint = newest_checkpoint(folder, len(states) - 1 if journal else math.inf)
     if journal and not states:
         raise UserError(f"resume: {folder / 'journal.jsonl'} is empty or missing, but the run has checkpoints")
+    checkpoint = newest_checkpoint(folder, len(states) - 1 if journal else math.inf)
     if not states and not checkpoint:
         raise UserError(f"resume: {folder / 'checkpoints'} has no undamaged checkpoint")
     path, state = checkpoint or (None, {"step": 0})
@@ -582,10 +583,25 @@ def find_progress(folder, identity, journal):
 
 def check_model(folder, step):
     """Raise UserError if resuming after `step` would overwrite the trained model of a later step."""
-    file = folder / "model" / EVALUATION
-    if file.exists() and json.loads(file.read_text())["step"] > step:
-        lost = f"the run's state after step {max(step, 0)} is lost"
-        raise UserError(f"resume: {file.parent} is complete, but {lost}; move it away to train again")
+    if (folder / "model").exists():
+        try:
+            saved = json.loads((folder / "model" / EVALUATION).read_text())["step"]
+        except (OSError, ValueError, KeyError, TypeError):
+            saved = math.inf  # unknown
+        if saved > step:
+            lost = f"the run's state after step {max(step, 0)} is lost"
+            raise UserError(f"resume: {folder / 'model'} is complete, but {lost}; move it away to train again")
+
+
+def read_json(path):
+    """Return the object in a JSON file of the run."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError):
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"resume: {path} is damaged")
+    return values
 
 
 def write_file(path, text):
@@ -627,7 +643,7 @@ def save_checkpoint(folder, state, keep, write):
     for path in [*later, *old, *folder.glob("checkpoints/*.partial")]:
         shutil.rmtree(path, ignore_errors=True)  # a partly removed one counts as damaged, and the next save removes it
         if path.exists():
-            print(f"warning: {path} cannot be removed")
+            say(f"warning: {path} cannot be removed")
 
 
 def digests(folder):
@@ -643,8 +659,8 @@ def digests(folder):
 def read_state(path):
     """Return the state in a checkpoint. Raise UserError for the first file that is damaged or missing."""
     try:
-        saved, found = json.loads((path / "sha256.json").read_text()), digests(path)
-    except (OSError, ValueError):
+        saved, found = dict(json.loads((path / "sha256.json").read_text())), digests(path)
+    except (OSError, ValueError, TypeError):
         raise UserError(f"{path / 'sha256.json'} is damaged or missing") from None
     for name in saved | {"state.json": None}:
         if name not in saved or saved[name] != found.get(name):
@@ -659,7 +675,7 @@ def newest_checkpoint(folder, last_step=math.inf):
             try:
                 return path, read_state(path)
             except UserError as error:
-                print(f"resume: {error}; trying the previous checkpoint")
+                say(f"resume: {error}; trying the previous checkpoint")
     return None
 
 
@@ -670,6 +686,9 @@ def read_journal(path):
         os.truncate(path, sum(map(len, lines[:-1])))
         lines.pop()
     try:
-        return [json.loads(line) for line in lines]
+        states = [json.loads(line) for line in lines]
     except ValueError:
-        raise UserError(f"resume: {path} is damaged") from None
+        states = [None]
+    if not all(isinstance(state, dict) and state.get("step") == step for step, state in enumerate(states)):
+        raise UserError(f"resume: {path} is damaged")
+    return states

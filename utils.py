@@ -10,6 +10,7 @@ To change prompts, edit `encode_prompts`. To add a metric of completions, edit `
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -34,7 +35,16 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from jinja2 import TemplateError
 from peft import LoraConfig, PeftConfig, PeftModel
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PositiveInt, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PositiveInt,
+    ValidationError,
+)
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -49,6 +59,7 @@ warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is depreca
 
 
 HERE = Path(__file__).parent
+RUN_FILES = {"identity.json", "checkpoints", "journal.jsonl"}  # a folder with one of these is a run
 for kind in (yaml.SafeLoader, yaml.SafeDumper):  # PyYAML takes 1e-5 for text
     number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
     kind.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
@@ -66,6 +77,9 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
+
+
 class Example(Config):
     prompt: str
     answer: str  # the whole completion, in the format that the rewards check
@@ -75,13 +89,13 @@ class RunConfig(Config):
     """Keys of both scripts. grpo_config.yml and es_config.yml document them."""
 
     # Model
-    model: str = "tiny_model"
+    model: UserPath = "tiny_model"
     cache_dir: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     cuda_graphs: bool = True
     # Task
-    dataset: str = "math_expr"
+    dataset: UserPath = "math_expr"
     dataset_args: dict[str, JsonValue] = {}
     system_prompt: str = "Think step by step in <think></think>, then answer in <answer></answer>."
     chat_template_kwargs: dict[str, JsonValue] = {}
@@ -99,7 +113,7 @@ class RunConfig(Config):
     checkpoint_every: PositiveInt = 20
     keep_checkpoints: PositiveInt = 2
     max_skipped_steps: PositiveInt = 10
-    log_dir: str
+    log_dir: UserPath
     run_name: str | None = None
     resume: Literal["auto", "never"] = "auto"
     seed: int = Field(0, ge=0, lt=2**32)
@@ -123,7 +137,7 @@ def load_config(config_class, path, overrides=()):
     try:
         values = yaml.safe_load(Path(path).read_text("utf-8-sig"))
         values = {} if values is None else values
-        if (folder / "identity.json").exists():
+        if any((folder / name).exists() for name in RUN_FILES):
             values |= {"log_dir": str(folder.parent), "run_name": folder.name}
         for override in overrides:
             source = f"command line: {override}"
@@ -153,7 +167,12 @@ def override_value(text, field):
         return None
     if field and field.annotation in (str, str | None) and text[:1] not in ("'", '"'):
         return text
-    return yaml.safe_load(re.sub(r":(?=-?[.\d]|true|false)", ": ", text) if text.startswith("{") else text)
+    if not text:
+        raise ValueError("expected a value after =; null stands for none")
+    if re.fullmatch(r"0\d+|\d+(:\d+)+", text):  # YAML would take 010 for 8 and 1:30 for 90
+        return text
+    is_plain = text.startswith("{") and not {"'", '"'} & set(text)
+    return yaml.safe_load(re.sub(r":(?=-?[.\d]|true|false)", ": ", text) if is_plain else text)
 
 
 def _describe(error, config_class):
@@ -196,11 +215,17 @@ def run_from_command_line(main, config_class, default_path):
         sys.exit(f"error: the disk is full: {one_line(error)}; earlier checkpoints are intact")
 
 
+def say(text):
+    """Print a line above the progress bar."""
+    with contextlib.suppress(OSError):  # the reader of a pipe may be gone
+        tqdm.write(text)
+
+
 @functools.cache
 def say_once(text):
     """Print a warning once, from the first process only."""
     if int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(text)
+        say(text)
 
 
 def seeded_generator(seed, stream, index=0, device="cpu"):
@@ -240,6 +265,8 @@ def set_up(config, weights_dtype, autocast=False, **settings):
     for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
         if os.environ.get(name, "1") != "1" and not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
             raise UserError(f"the environment has {name}={os.environ[name]}: start with torchrun, or unset {name}")
+    if "LOCAL_RANK" in os.environ and "MASTER_ADDR" not in os.environ:
+        raise UserError("the environment has LOCAL_RANK: start with torchrun, or unset LOCAL_RANK")
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if autocast else "no")
     try:
         splits = [make_dataset(config.dataset, split, config.dataset_args) for split in ("train", "test")]
@@ -275,6 +302,8 @@ def set_up(config, weights_dtype, autocast=False, **settings):
 def check_problems(problems, model, tokenizer, config):
     """Raise UserError if the model cannot process the prompts. Report reference answers that are not values."""
     longest = max(problems, key=lambda problem: len(problem.ids))
+    if not all(problem.ids for problem in problems):
+        raise UserError(f"model: {config.model!r}: its tokenizer finds no tokens in a prompt; are its files complete?")
     limit = getattr(inner_model(model).config.get_text_config(), "max_position_embeddings", None)
     if limit and len(longest.ids) + config.max_new_tokens > limit:
         prompt = f"a prompt of {len(longest.ids)} tokens, {one_line(longest.item['prompt'])[:60]!r},"
@@ -299,10 +328,10 @@ def load_model(name, dtype, device, cache_dir=None):
     # cuDNN attention builds a plan for each shape, and decoding keeps changing shapes. Also, its gradients can be NaN.
     torch.backends.cuda.enable_cudnn_sdp(False)
     name = beside_script(name)
-    if not re.match(r"\w[\w.-]*/", name) and not Path(name).is_dir():  # a misspelled folder: do not query the hub
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).is_dir():  # misspelled: do not query the hub
         raise UserError(f"model: {name!r}: no such folder; a name on the hub has the form owner/model")
     if (Path(name) / "identity.json").exists():
-        raise UserError(f"model: {name!r} is a run; its model is {name}/model")
+        raise UserError(f"model: {name!r} is a run; its model is {Path(name) / 'model'}")
     options = {"dtype": getattr(torch, dtype), "cache_dir": cache_dir, "output_loading_info": True}
     source = f"model: {name!r}: "
     try:

@@ -20,7 +20,18 @@ from unittest.mock import Mock
 import numpy
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, TINY, Process, assert_same_run, files_of, flip_a_bit, model_weights, scalars
+from conftest import (
+    ROOT,
+    SCRIPTS,
+    TINY,
+    Process,
+    assert_same_run,
+    files_of,
+    flip_a_bit,
+    last_step,
+    model_weights,
+    scalars,
+)
 from transformers import AutoModelForCausalLM
 
 import es_train
@@ -213,15 +224,30 @@ def test_moved_and_copied_runs_resume_where_their_config_lies(tmp_path, script, 
     assert files_of(tmp_path / "logs") == original and len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_run_whose_problems_moved_resumes_with_their_new_path_but_not_with_other_problems(tmp_path, script):
+    lines = [json.dumps({"prompt": f"{n}+1?", "answer": str(n + 1)}) for n in range(40)]
+    for name, kept in (("before", lines), ("moved", lines), ("other", lines[1:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(kept))
+    folder = script.train(tmp_path / "run", f"dataset={tmp_path}/before.jsonl", stop_after=2)
+    with pytest.raises(UserError, match="dataset: .*other.jsonl': the run was started with '.*before.jsonl'"):
+        script.train(folder, f"dataset={tmp_path}/other.jsonl")
+    (tmp_path / "before.jsonl").unlink()
+    assert last_step(script.train(folder, f"dataset={tmp_path}/moved.jsonl")) == 4
+
+
 # Damage
 
 
-@pytest.mark.parametrize("lost", ["checkpoints", "newest", "journal", "identity"])
+@pytest.mark.parametrize("lost", ["checkpoints", "newest", "journal", "identity", "evaluation"])
 def test_finished_model_is_never_overwritten_after_its_state_is_lost(tmp_path, script, finished, lost):
     folder = shutil.copytree(finished[script.key], tmp_path / "run")
     if lost == "identity":
         (folder / "identity.json").write_text("{")
     elif lost == "journal":
+        (folder / "journal.jsonl").unlink(missing_ok=True)
+    elif lost == "evaluation":  # and all of the state, so that nothing tells which step the model is of
+        (folder / "model" / "evaluation.json").write_text("{}")
+        shutil.rmtree(folder / "checkpoints")
         (folder / "journal.jsonl").unlink(missing_ok=True)
     else:
         shutil.rmtree(folder / "checkpoints" if lost == "checkpoints" else checkpoint_folders(folder)[4])

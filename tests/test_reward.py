@@ -94,9 +94,16 @@ def test_adversarial_answers_score_one_only_if_exactly_equal(answer, reference):
 
 
 WORDS = [  # reference, the same answers, others
-    ("B", r"B|b|(B)|**B**|B.|B)|\text{B}|$\text{(B)}$|\boxed{\textbf{B}}|**(B)**.", "C|BB|AB|A, B|B or C|not B||42"),
+    (
+        "B",
+        r"B|b|(B)|**B**|B.|B)|\text{B}|$\text{(B)}$|\boxed{\textbf{B}}|**(B)**.|\(B\)|'B'",
+        "C|BB|AB|A, B|B or C|not B||42|B++",
+    ),
+    ("(C)", "C|(c)", "C#|C++|D"),
+    ("A", "A|(A)", "dog|B"),
     ("yes", "yes|Yes|YES.|**yes**", "no|yes and no|not yes|yesterday"),
     ("New York", r"new york|New  York.|\text{New York}", "York|New York City"),
+    ("Mr. Smith", "Mr. Smith|mr. Smith.", "Mr. Smithson|Smith"),
 ]
 
 
@@ -105,14 +112,18 @@ def test_word_or_choice_is_found_in_any_typesetting_and_in_a_sentence(reference,
     for text in same.split("|"):
         assert accuracy_reward([tagged(text), text], [reference] * 2) == [1.0, 0.0], text
         assert lenient_correct(f"I think.\n\n{text}\n", reference) and lenient_correct(rf"\boxed{{{text}}}", reference)
-        if text != "b":  # "The answer is a dog"
-            assert lenient_correct(f"So the answer is {text}, as shown.", reference), text
-            assert lenient_correct(f"**Answer:**\n{text}\nOr is it C?", reference)
+        assert lenient_correct(f"So the answer is {text}, as shown.", reference), text
+        assert lenient_correct(f"**Final Answer**: option {text}, and here is why.", reference), text
+        assert lenient_correct(f"**Answer:**\n{text}\nOr is it C?", reference)
     for text in others.split("|"):
         assert not strict_correct(tagged(text), reference), text
         if not text.startswith(reference + " C"):
             assert not lenient_correct(f"So the answer is {text}.", reference), text
             assert not lenient_correct(f"{reference}?\n{text}", reference), text
+
+
+def test_a_letter_that_is_also_a_word_counts_as_a_choice_only_in_its_own_case():
+    assert not lenient_correct("The answer is a dog.", "A") and not lenient_correct("The answer is i think 3.", "I")
 
 
 # Format
@@ -241,11 +252,23 @@ def test_users_function_gets_every_column_and_is_named_by_module(write_reward):
         ("reward:", "rewards: 'reward:': expected one of"),
         ("reward:no_such_function", "reward has no function no_such_function"),
         ("reward:TAGS", "reward has no function TAGS"),
+        ("folder/reward.py:f", "there is no file .*/folder/reward.py"),
     ],
 )
 def test_unknown_reward_is_named(name, message):
     with pytest.raises(UserError, match=message):
         find_reward(name)
+
+
+def test_a_file_of_reward_functions_is_that_file_and_no_other_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    (tmp_path / "reward.py").write_text("def f(completions, **columns):\n    return [0.0] * len(completions)")
+    (tmp_path / "own_rewards.py").write_text("def f(completions, **columns):\n    return [3.0] * len(completions)")
+    with pytest.raises(UserError, match="/reward.py has the same name; rename the file"):
+        find_reward(f"{tmp_path}/reward.py:f")
+    before = sys.path.copy()
+    assert find_reward(f"{tmp_path}/own_rewards.py:f") is find_reward(f"{tmp_path}/own_rewards.py:f")
+    assert sys.path == before
 
 
 @pytest.mark.parametrize(

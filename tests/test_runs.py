@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -74,7 +75,9 @@ def test_first_signal_is_noted_the_second_is_not_caught_and_handlers_are_put_bac
             signal.raise_signal(number)
             assert received == [number]
             assert {signal.getsignal(each) for each in runs.STOP_SIGNALS} == {signal.SIG_DFL}
+            monkeypatch.setattr(os, "write", Mock(side_effect=OSError("Input/output error")))  # a closed terminal
         assert list(map(signal.getsignal, runs.STOP_SIGNALS)) == before
+    monkeypatch.undo()
     monkeypatch.setattr(runs, "STOP_SIGNALS", [signal.SIGHUP])
     for ignored in (signal.SIG_IGN, signal.SIG_DFL):  # nohup, no nohup
         signal.signal(signal.SIGHUP, ignored)
@@ -82,12 +85,29 @@ def test_first_signal_is_noted_the_second_is_not_caught_and_handlers_are_put_bac
             assert (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN) == (ignored == signal.SIG_IGN)
 
 
+def test_ctrl_c_that_is_ignored_at_the_start_stays_ignored(monkeypatch, script):
+    monkeypatch.setattr(sys, "argv", [script.name, "--help"])
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for `python ... &` in a script
+    try:
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / f"{script.name}.py"), run_name="__main__")
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_without_a_reader_of_its_output_a_run_saves_its_model(monkeypatch, tmp_path, script):
+    monkeypatch.setattr(runs.tqdm, "write", Mock(side_effect=BrokenPipeError))
+    assert model_weights(script.train(tmp_path / "run", f"{script.num_steps}=1"))
+
+
 def sleepy(seconds):
     time.sleep(seconds)
 
 
 def test_processes_of_a_reward_function_end_when_told_and_survive_what_a_terminal_sends():
-    with runs.stop_signals() as received, multiprocessing.get_context("fork").Pool(2) as pool:
+    # A reward function may keep its pool, which then began before the training.
+    with multiprocessing.get_context("fork").Pool(2) as pool, runs.stop_signals() as received:
         pids = [worker.pid for worker in multiprocessing.active_children()]
         result = pool.map_async(sleepy, [0.5, 0.5])
         time.sleep(0.2)
@@ -245,15 +265,21 @@ def test_folder_is_made_or_reopened_and_never_one_with_anything_else_in_it(tmp_p
 
     for name, content in {"begun": "identity.json", "killed": "identity.json.partial", "foreign": "notes.txt"}.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / content).touch()
+        (tmp_path / name / content).write_text("{}")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged" / "checkpoints").mkdir(parents=True)
     for name in ("new", "new", "empty", "begun", "killed"):
         assert find(run_name=name) == tmp_path / name and (tmp_path / name).is_dir()
-    monkeypatch.setattr(time, "strftime", lambda format: "begun")  # unnamed runs in the same second
-    assert [find(run_name=None).name for _ in range(2)] == ["begun_2", "begun_3"]
+    monkeypatch.setattr(time, "strftime", Mock(side_effect=["begun", "begun", "later"]))  # in the same second
+    assert find(run_name=None).name == "later"
     for values in ({"run_name": "begun", "resume": "never"}, {"run_name": "foreign"}):
         with pytest.raises(UserError, match="(begun|foreign) already exists; choose another name or delete it"):
             find(**values)
+    with pytest.raises(UserError, match="damaged/identity.json is missing, so that the run cannot resume"):
+        find(run_name="damaged")
+    (tmp_path / "begun" / "identity.json").write_text("[]")
+    with pytest.raises(UserError, match="begun/identity.json is damaged"):
+        find(run_name="begun")
 
 
 def save_small(folder, step, keep=2):

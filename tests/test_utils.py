@@ -5,6 +5,7 @@ import datetime
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 from unittest.mock import Mock
@@ -98,6 +99,10 @@ TYPED = [
     ("system_prompt=Answer: x  # y", "system_prompt", "Answer: x  # y"),
     ("system_prompt='Answer: x'", "system_prompt", "Answer: x"),
     ("system_prompt=", "system_prompt", ""),
+    ("seed=010", "seed", 10),
+    ("dataset=~/p.jsonl", "dataset", os.path.expanduser("~/p.jsonl")),
+    ("log_dir=~/logs", "log_dir", os.path.expanduser("~/logs")),
+    ("rewards={'~/a:1.py:f': 1}", "rewards", {"~/a:1.py:f": 1.0}),
     ("num_steps=1e1", "num_steps", 10),
     ("num_steps=1_000", "num_steps", 1000),
     ("learning_rate=1e-4", "learning_rate", 1e-4),
@@ -116,6 +121,18 @@ def test_values_are_read_as_people_type_them_and_survive_being_saved(tmp_path, o
     assert getattr(config, key) == value and type(getattr(config, key)) is type(value)
     (tmp_path / "config.yml").write_text(utils.config_text(config))
     assert load_config(GRPOConfig, tmp_path / "config.yml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lora=", "lora=: expected a value after =; null stands"),
+        ("eval_size=1:30", "eval_size: 1:30: should be a valid"),
+    ],
+)
+def test_a_value_is_never_guessed(override, message):
+    with pytest.raises(UserError, match=f"^command line: {message}"):
+        load_config(GRPOConfig, DEFAULTS["grpo"], [override])
 
 
 def test_config_of_a_run_names_the_folder_it_lies_in_unless_told_otherwise(tmp_path):
@@ -489,7 +506,7 @@ def test_folders_that_are_no_model_to_train_are_named(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"^model: '{name.replace('~', str(tmp_path))}'.*{message}"):
             load_model(name, "float32", "cpu")
 
-    for name in ("./typo", "~/typo", "../typo", "/typo", "typo"):
+    for name in ("./typo", "~/typo", "../typo", "/typo", "typo", "logs/typo/model"):
         refuse(name, "no such folder")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "identity.json").touch()
