@@ -16,7 +16,10 @@ import inspect
 import numbers
 import os
 import re
+import signal
 import sys
+import threading
+import time
 from fractions import Fraction
 
 
@@ -339,6 +342,38 @@ def find_reward(name):
     return function
 
 
+# Ctrl-C; a scheduler or `kill`; a closed terminal; a scheduler's early notice
+STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+IN_CHILDREN = set()  # those that are handled in children of this process, once it has called `score`
+
+
+def start_child():
+    """In a process that a reward function forks: end on SIGTERM and with the run, even if that is killed.
+
+    Ignore what a terminal sends to all processes, so that the step can finish. While Python forks, it loses signals for
+    which it has a handler, so they are blocked meanwhile.
+    """
+    for number in IN_CHILDREN:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, IN_CHILDREN)
+    if IN_CHILDREN:
+        threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
+
+
+def end_with(parent):
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+os.register_at_fork(
+    before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, IN_CHILDREN),
+    after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, IN_CHILDREN),
+    after_in_child=start_child,
+)
+
+
 def score(weights, completions, items):
     """Score completions with the reward functions of the config.
 
@@ -346,6 +381,7 @@ def score(weights, completions, items):
     Return B dicts: "reward" is the weighted sum, "reward/<name>" the unweighted value of each function;
     "accuracy/strict", "accuracy/lenient" and "accuracy/format" are always present. Values may be non-finite.
     """
+    IN_CHILDREN.update(STOP_SIGNALS)
     columns = {key: [item[key] for item in items] for key in items[0] if key != "prompt"}
     columns |= {"prompts": [item["prompt"] for item in items], "completions": completions}
     scores = {

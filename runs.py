@@ -30,7 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from reward import UserError, lenient_correct, strict_correct
+from reward import STOP_SIGNALS, UserError, lenient_correct, strict_correct
 from utils import RUN_FILES, config_text, fingerprint, one_line, save_model, say
 
 # Keys that may change when a run resumes. The model may have moved, so its weights are compared instead.
@@ -58,9 +58,6 @@ WARNINGS = {
         "a new run with a lower or decaying learning_rate, more completions per step, or kl_weight",
     ),
 }
-
-# Ctrl-C; a scheduler or `kill`; a closed terminal; a scheduler's early notice
-STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
 
 BAR = "{desc:8} {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"  # fits into 80 columns
 SECONDS_BETWEEN_LINES = 30  # without a terminal for the progress bar
@@ -396,32 +393,6 @@ def stop_signals():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def start_child():
-    """In a process that a reward function forks: end on SIGTERM and with the run, even if that is killed.
-
-    Ignore what a terminal sends to all processes, so that the step can finish. While Python forks, it loses signals for
-    which it has a handler, so they are blocked meanwhile.
-    """
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
-
-
-def end_with(parent):
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-os.register_at_fork(
-    before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS),
-    after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS),
-    after_in_child=start_child,
-)
 
 
 def completion_metrics(scores):

@@ -166,6 +166,8 @@ def test_run_may_be_shortened_to_what_is_done_and_extended_at_a_constant_rate(tm
         script.train(folder, *overrides, f"{script.num_steps}=3")
         assert files_of(folder / "checkpoints") == saved
     assert "step    3  held-out" in capsys.readouterr().out and (folder / "model").is_dir()
+    with pytest.raises(UserError, match=f"use another run_name and model={folder}/model to train on"):
+        script.train(folder, *overrides, f"{script.num_steps}=9", "lr_schedule=linear")
     script.train(folder, *overrides, f"{script.num_steps}=5")
     assert [step for step, _ in scalars(folder)["reward/mean"]] == [1, 2, 3, 4, 5]
     # The evaluation and checkpoint intervals may change and do not affect the weights.
@@ -195,7 +197,7 @@ def test_resuming_with_another_config_model_dataset_or_script_names_the_key(tmp_
         "learning_rate=0.5": "learning_rate: 0.5: the run was started with",
         "rewards={accuracy: 1.0}": "rewards: {'accuracy': 1.0}: the run was started with",
         "dtype=bfloat16": "dtype: 'bfloat16': the run was started with 'float32'",
-        f"{script.num_steps}=9": f"another run_name and model={folder}/model to train on",  # it sets the schedule
+        f"{script.num_steps}=9": "9: the run was started with 4; use another run_name",  # it sets the schedule
         "resume=never": "already exists; choose another name or delete it",
         f"model={tmp_path / 'other'}": "starting weights: '",
         "device=cpu": "problems: '",  # the file has changed
@@ -335,7 +337,7 @@ def test_run_resumes_after_the_last_whole_line_of_the_journal(finished, tmp_path
 
 
 DAMAGED_JOURNALS = {
-    "line removed": (2, b"", "does not restore the weights"),
+    "line removed": (2, b"", "is damaged"),
     "not JSON": (2, b'{"step": 2, "rew\n', "is damaged"),
     "other rate": (1, None, "does not restore the weights"),
 }
@@ -443,7 +445,7 @@ def processes_of(session):
 
 def test_killed_run_leaves_no_children_behind_and_a_stopped_one_scores_its_step(tmp_path, script):
     folder = tmp_path / "run"
-    overrides = ["rewards={accuracy: 1.0, 'test_resume:pooled': 0.01}", "checkpoint_every=1", f"{script.num_steps}=9"]
+    overrides = ["rewards={accuracy: 1.0, 'test_resume:pooled': 0.01}", "checkpoint_every=1", f"{script.num_steps}=20"]
     for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGHUP):
         before = work_done(script, folder)
         process = Process(script, folder, *overrides, patch=os.setsid, import_path=[ROOT / "tests"])

@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 import generation
 import grpo_train
+import reward
 import runs
 import utils
 from reward import REWARDS, UserError, score
@@ -105,7 +106,8 @@ def sleepy(seconds):
     time.sleep(seconds)
 
 
-def test_processes_of_a_reward_function_end_when_told_and_survive_what_a_terminal_sends():
+def test_processes_of_a_reward_function_end_when_told_and_survive_what_a_terminal_sends(monkeypatch):
+    monkeypatch.setattr(reward, "IN_CHILDREN", set(runs.STOP_SIGNALS))
     # A reward function may keep its pool, which then began before the training.
     with multiprocessing.get_context("fork").Pool(2) as pool, runs.stop_signals() as received:
         pids = [worker.pid for worker in multiprocessing.active_children()]
