@@ -204,79 +204,85 @@ class Population:
         RMSNorm     its weight is replaced by one per row, and restored afterwards
     """
 
-    def __init__(self, model, shapes, generators, scales, rows_per_member):
+    def __init__(self, model, shapes, generators, scales, rows_per_member, memory):
         """Draw the noise of M members. Rows are ordered by member, `rows_per_member` each.
 
         shapes: see noise_shapes; generators: M, one per member; scales: (M,) noise scale times the member's sign
+        memory: a DecodeMemory, in which the noise has the same addresses in every iteration, for CUDA graphs
         """
-        self.model, self.num_members, self.rows_per_member = model, len(generators), rows_per_member
-        self.handles, self.norms = [], {}
+        self.model, self.rows_per_member, self.memory = model, rows_per_member, memory
+        self.num_rows, self.handles, self.norms = len(generators) * rows_per_member, [], {}
         self.noise = {}  # by parameter, scaled: A^T (M, r, out) and B (M, in, r) of a matrix, (M, d) of a vector
         for name, parameter in model.named_parameters():
             noise = torch.stack([draw(shapes[name], generator) for generator in generators])
             if parameter.ndim == 2:
                 A, B = noise.split(list(parameter.shape), dim=1)
                 A = A * (scales / math.sqrt(shapes[name][1]))[:, None, None]
-                self.noise[parameter] = (
-                    A.transpose(1, 2).to(parameter.dtype).contiguous(),
-                    B.to(parameter.dtype).contiguous(),
-                )
+                A, B = A.transpose(1, 2).to(parameter.dtype), B.to(parameter.dtype)
+                self.noise[parameter] = self._keep((name, "A"), A), self._keep((name, "B"), B)
             else:
-                self.noise[parameter] = noise * scales[:, None]
+                self.noise[parameter] = self._keep(name, noise * scales[:, None])
+
+    def _keep(self, key, x, num_rows=0):
+        """Copy x to memory that stays in place, with room for `num_rows` rows."""
+        room = torch.Size([max(len(x), num_rows), *x.shape[1:]])
+        return self.memory.get(key, room, x.dtype, x.device)[: len(x)].copy_(x)
 
     def __enter__(self):
         """Register the hooks. Return the `on_rows` callback for `generate`."""
-        for module in self.model.modules():
+        for path, module in self.model.named_modules():
             if isinstance(module, nn.Linear):
                 self.handles.append(module.register_forward_hook(self._add_to_linear))
             elif isinstance(module, nn.Embedding):
                 self.handles.append(module.register_forward_hook(self._add_to_embedding))
             elif list(module.parameters(recurse=False)):
-                self.norms[module] = module.weight
+                self.norms[module] = path, module.weight
                 self.handles.append(module.register_forward_pre_hook(self._exchange_norm_weight))
         return self._select
 
     def __exit__(self, *exception):
         for handle in self.handles:
             handle.remove()
-        for module, weight in self.norms.items():
+        for module, (_, weight) in self.norms.items():
             module.weight = weight
-        self.noise, self.selected = {}, {}  # free memory for the update and the next population
 
     def _select(self, rows):
-        self.members = rows // self.rows_per_member  # (R,) the member of each row in the batch
-        self.selected = {}  # by module: its noise for these rows, gathered once and not in every step
+        """Gather the noise of each row in the batch, once and not in every step. rows: (R,)"""
+        self.members, self.of_rows = self._keep("members", rows // self.rows_per_member), {}  # (R,)
+        for name, parameter in self.model.named_parameters():
+            if parameter.ndim == 2:
+                A, B = self.noise[parameter]
+                self.of_rows[parameter] = self._gather((name, "A rows"), A), self._gather((name, "B rows"), B)
+            elif name.endswith("bias"):
+                self.of_rows[parameter] = self._gather((name, "rows"), self.noise[parameter])
+        for module, (path, weight) in self.norms.items():
+            weights = (weight + self.noise[weight][self.members]).to(weight.dtype)  # (R, d)
+            self.of_rows[module] = self._keep((path, "rows"), weights, self.num_rows)
 
-    def _of_rows(self, noise):
+    def _gather(self, key, noise):
         """Return noise (M, ...) unchanged if the batch has all rows of all members, else one entry per row (R, ...)."""
-        return noise if len(self.members) == self.num_members * self.rows_per_member else noise[self.members]
+        if len(self.members) == self.num_rows:
+            return noise
+        return self._keep(key, noise[self.members], self.num_rows // 2 + 1)
 
     def _add_to_linear(self, module, inputs, output):
-        if module not in self.selected:
-            A, B = map(self._of_rows, self.noise[module.weight])
-            b = None if module.bias is None else self._of_rows(self.noise[module.bias])[:, None]
-            self.selected[module] = A, B, b
-        A, B, b = self.selected[module]
+        A, B = self.of_rows[module.weight]  # (M or R, r, out), (M or R, in, r)
         y = output.view(A.shape[0], -1, A.shape[2])
         add_product(y, inputs[0].reshape(B.shape[0], -1, B.shape[1]).bmm(B), A)
-        if b is not None:
-            y += b
+        if module.bias is not None:
+            y += self.of_rows[module.bias][:, None]
 
     def _add_to_embedding(self, module, inputs, output):
-        if module not in self.selected:
-            B = self._of_rows(self.noise[module.weight][1]).transpose(1, 2)
-            scale = torch.as_tensor(getattr(module, "embed_scale", 1.0))
-            self.selected[module] = B * scale.to(B.dtype)  # rounded as in the module
-        B = self.selected[module]  # (M or R, r, D)
+        B = self.of_rows[module.weight][1].transpose(1, 2)  # (M or R, r, D)
+        if hasattr(module, "embed_scale"):  # Gemma's, rounded as in the module
+            B = B * torch.as_tensor(module.embed_scale).to(B.dtype)
         A = self.noise[module.weight][0].transpose(1, 2)[self.members[:, None], inputs[0]]  # (R, T, r)
         add_product(output.view(B.shape[0], -1, B.shape[2]), A.view(B.shape[0], -1, B.shape[1]), B)
 
     def _exchange_norm_weight(self, module, inputs):
-        if module not in self.selected:
-            weight = self.norms[module]
-            weights = (weight + self.noise[weight][self.members]).to(weight.dtype)  # (R, d)
-            weights = weights.view(len(weights), *[1] * (inputs[0].ndim - 2), -1)
-            module.weight = self.selected[module] = nn.Parameter(weights, requires_grad=False)
+        weights = self.of_rows[module]
+        weights = weights.view(len(weights), *[1] * (inputs[0].ndim - 2), -1)
+        module.weight = nn.Parameter(weights, requires_grad=False)
 
 
 # --- Rollout and update -----------------------------------------------------------------------------------------------
@@ -294,7 +300,8 @@ def rollout(setup, master, shapes, problems, members, noise_scale, step, config)
         write_member(setup.model, master, noise_scale * signs[0], generators[0])
         return generate(setup.model, prompts, setup.settings)
     scales = noise_scale * torch.tensor(signs, device=device)
-    with Population(setup.model, shapes, generators, scales, len(prompts)) as on_rows:
+    more = len(prompts), setup.settings.memory
+    with Population(setup.model, shapes, generators, scales, *more) as on_rows:
         return generate(setup.model, prompts * len(members), setup.settings, on_rows=on_rows, block_size=len(prompts))
 
 

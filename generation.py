@@ -16,8 +16,9 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from torch.nn.attention import varlen
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 
@@ -60,32 +61,67 @@ def shares_prompts(network, num_slots):
     return not checkpoints and new_cache(network, num_slots)[1]
 
 
-class PreallocatedLayer(DynamicLayer):
-    """A KV cache layer with a preallocated buffer for decoding, so that a CUDA graph can replay a step.
+class DecodeMemory:
+    """Tensors that decode steps read and write, and the CUDA graphs of the steps.
 
-    Prefill works as in DynamicLayer. Then `batch_repeat_interleave` allocates the buffer. After that, each `update`
-    writes to the slot `cursor.slot`, a tensor (1,) on the device, and returns the slots before `cursor.end`.
+    A graph reads the addresses that it was captured with. Kept for a whole run, tensors and graphs serve every rollout.
     """
 
-    def __init__(self, num_slots, cursor):
+    def __init__(self):
+        self.tensors, self.graphs, self.num_slots = {}, {}, 0
+
+    def get(self, name, shape, dtype, device):
+        """Return uninitialized memory: the first rows of a tensor that stays in place while it is large enough."""
+        found = self.tensors.get(name)
+        if found is None or len(found) < shape[0] or (found.shape[1:], found.dtype) != (shape[1:], dtype):
+            self.graphs.clear()
+            self.tensors[name] = found = torch.empty(shape, dtype=dtype, device=device)
+        return found[: shape[0]]
+
+    def run(self, key, step):
+        """Run a step. The first one of each key is captured in a CUDA graph, which later ones replay."""
+        if key in self.graphs:
+            self.graphs[key].replay()
+            return
+        step()  # initializes hooks and libraries, which may allocate memory and synchronize
+        pool = next((graph.pool() for graph in self.graphs.values()), None)  # all graphs share memory between kernels
+        self.graphs[key] = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graphs[key], pool, capture_error_mode="thread_local"):
+                step()
+        except RuntimeError as error:
+            error.add_note("The decode step of this model cannot be captured: set cuda_graphs: false")
+            raise
+
+
+class PreallocatedLayer(DynamicLayer):
+    """A KV cache layer whose steps write to a preallocated buffer, so that a CUDA graph can replay a step.
+
+    Prefill works as in DynamicLayer. Then `batch_repeat_interleave` copies to the buffer, `memory.kv[number]`. After
+    that, each `update` writes to the slot `cursor.slot`, a tensor (1,) on the device, and returns the slots before
+    `cursor.end`.
+    """
+
+    def __init__(self, number, memory, cursor):
         super().__init__()
-        self.num_slots, self.cursor = num_slots, cursor
+        self.number, self.memory, self.cursor, self.buffers = number, memory, cursor, None
 
     def batch_repeat_interleave(self, repeats):
+        B, H, T, D = self.keys.shape
+        # In autocast's dtype, to which attention would otherwise cast the buffer in every step.
+        device = self.keys.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.keys.dtype
         self.buffers = []
-        for x in (self.keys, self.values):
-            B, H, T, D = x.shape
-            # Zeros, since attention reads masked slots before they are written, and garbage could be NaN. In autocast's
-            # dtype, to which attention would otherwise cast the buffer in every step.
-            device = x.device.type
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-            buffer = x.new_zeros(B * repeats, H, self.num_slots, D, dtype=dtype)
+        for name, x in (("keys", self.keys), ("values", self.values)):
+            # Zeros, since attention reads masked slots before they are written, and garbage could be NaN.
+            shape = torch.Size([B * repeats, H, self.memory.num_slots, D])
+            buffer = self.memory.get((name, self.number), shape, dtype, x.device).zero_()
             buffer[:, :, :T].unflatten(0, (B, repeats)).copy_(x[:, None])
             self.buffers.append(buffer)
         self.keys, self.values = (buffer[:, :, :T] for buffer in self.buffers)
 
     def update(self, key_states, value_states, *args, **kwargs):
-        if not hasattr(self, "buffers"):
+        if self.buffers is None:
             return super().update(key_states, value_states, *args, **kwargs)
         for buffer, x in zip(self.buffers, (key_states, value_states), strict=True):
             buffer.index_copy_(2, self.cursor.slot, x.to(buffer.dtype))  # under autocast, rotary keys can be fp32
@@ -93,12 +129,12 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices):
-        if not hasattr(self, "buffers"):
+        if self.buffers is None:
             super().batch_select_indices(indices)
             return
-        B, end = len(indices), self.keys.shape[2]
-        for buffer, x in zip(self.buffers, (self.keys, self.values), strict=True):
-            buffer[:B, :, :end] = x[indices]
+        B, end = len(indices), self.cursor.end  # not that of self.keys, which a replayed step leaves as it is
+        for buffer in self.buffers:
+            buffer[:B, :, :end] = buffer[indices, :, :end]
         self.buffers = [buffer[:B] for buffer in self.buffers]
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
 
@@ -164,7 +200,8 @@ class DecodeSettings:
     stop_table: torch.Tensor | None = None  # texts that end a completion, see `utils.stop_table`; on the model's device
     temperature: float = 1.0  # for sampling; without `uniforms`, decoding is greedy
     batch_size: int = 256  # completions decoded at once, at least those of one prompt or block
-    cuda_graphs: bool = True  # on a GPU, replay decode steps from a CUDA graph
+    cuda_graphs: bool = True  # on a GPU, replay decode steps from CUDA graphs
+    memory: "DecodeMemory" = dataclasses.field(default_factory=lambda: DecodeMemory(), repr=False, compare=False)
 
 
 def generate(model, prompts, settings, num_samples=1, uniforms=None, on_rows=None, block_size=None):
@@ -179,7 +216,6 @@ def generate(model, prompts, settings, num_samples=1, uniforms=None, on_rows=Non
     """
     assert num_samples == 1 or uniforms is not None, "greedy completions of a prompt are identical"
     assert on_rows is None or block_size, "on_rows needs block_size: blocks must not share computation"
-    on_rows = on_rows or (lambda prompt_of_row: None)
     device, size = model.device, (len(prompts) * num_samples, settings.max_new_tokens)
     completions = Completions(
         tokens=torch.zeros(size, dtype=torch.long, device=device),
@@ -196,7 +232,14 @@ def generate(model, prompts, settings, num_samples=1, uniforms=None, on_rows=Non
             part = range(first, min(first + chunk, len(prompts)))
             more = num_samples, uniforms, on_rows, block_size or len(part)
             _decode(model, prompts, part, settings, *more, completions)
+        if torch.is_autocast_enabled(device.type) and any(map(is_cast, model.parameters())):
+            settings.memory.graphs.clear()  # they read casts of weights, which autocast is about to free
     return completions
+
+
+def is_cast(parameter):
+    """Return True if autocast casts this weight. Those of an AdapterGroup are packed instead, see grpo_train.py."""
+    return parameter.ndim > 1 and parameter.dtype == torch.float32 and not hasattr(parameter, "is_packed")
 
 
 def _lay_out(prompts, shared, max_new_tokens):
@@ -206,32 +249,38 @@ def _lay_out(prompts, shared, max_new_tokens):
     8, since GPUs would otherwise pad the mask in every layer.
     """
     longest = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    num_slots = math.ceil((longest + max_new_tokens) / 8) * 8
-    attention_mask = torch.ones(len(prompts), num_slots, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        padding = longest - len(prompt)
-        ids[row, :shared] = torch.tensor(prompt[:shared])
-        ids[row, shared + padding :] = torch.tensor(prompt[shared:])
-        attention_mask[row, shared : shared + padding] = False
+    ids = torch.tensor([prompt[:shared] + [0] * (longest - len(prompt)) + prompt[shared:] for prompt in prompts])
+    padding = torch.tensor([[longest - len(prompt)] for prompt in prompts])
+    slots = torch.arange(math.ceil((longest + max_new_tokens) / 8) * 8)
+    attention_mask = (slots < shared) | (slots >= shared + padding)
     return ids, attention_mask
 
 
 def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, block_size, out):
     """Run the decode loop for the prompts in the range `part`, and write to the Completions `out`."""
     device, network, P = model.device, inner_model(model), len(part)
-    prompts = prompts[part.start : part.stop]
+    prompts, B, first = prompts[part.start : part.stop], P * num_samples, part.start * num_samples
+    kind = uniforms is None, on_rows is None, block_size  # graphs of other kinds compute something else
+    on_rows = on_rows or (lambda prompt_of_row: None)
     cache, keeps_all = new_cache(network, max(map(len, prompts)) + settings.max_new_tokens)
+    has_mask = keeps_all and network.config._attn_implementation == "sdpa"  # eager attention needs an additive mask
+    has_graphs = settings.cuda_graphs and has_mask and device.type == "cuda"
+    memory = settings.memory if has_graphs else DecodeMemory()
     shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
     if shared < MIN_SHARED or min(block_size, P) == 1 or not keeps_all:
         shared = 0
     ids, attention_mask = (x.to(device) for x in _lay_out(prompts, shared, settings.max_new_tokens))
-    longest = ids.shape[1]
+    longest, num_slots = ids.shape[1], attention_mask.shape[1]
+    memory.num_slots = max(memory.num_slots, num_slots + -num_slots % LENGTH_BUCKET if has_graphs else num_slots)
+    attention_mask = F.pad(attention_mask, (0, memory.num_slots - num_slots), value=True)
     positions = (attention_mask[:, :longest].cumsum(-1) - 1).clamp(min=0)
-    cursor = SimpleNamespace(slot=torch.full((1,), longest, device=device), end=longest)
-    has_mask = keeps_all and network.config._attn_implementation == "sdpa"  # eager attention needs an additive mask
+
+    def keep(name, x):
+        return memory.get(name, x.shape, x.dtype, device).copy_(x)
+
+    cursor = SimpleNamespace(slot=keep("slot", torch.tensor([longest])), end=longest)
     if keeps_all:
-        cache.layers = [PreallocatedLayer(attention_mask.shape[1], cursor) for _ in cache.layers]
+        cache.layers = [PreallocatedLayer(number, memory, cursor) for number in range(len(cache.layers))]
 
     def forward(ids, mask, positions, **options):
         options |= {"past_key_values": cache, "use_cache": True}
@@ -248,90 +297,68 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
     on_rows(part.start + prompt_of_row)
     logits = forward(ids[:, shared:], attention_mask[:, :longest], positions[:, shared:], logits_to_keep=last)
     cache.batch_repeat_interleave(num_samples)
-    logits, position, attention_mask = (
-        x.repeat_interleave(num_samples, 0) for x in (logits, positions[:, -1:], attention_mask)
-    )
-    rows = part.start * num_samples + torch.arange(P * num_samples, device=device)  # the rows in the batch
-    on_rows(rows // num_samples)
+    logits = logits.repeat_interleave(num_samples, 0)
 
-    # A step updates tensors in place and reads its position from tensors, so that a CUDA graph can replay it.
-    column = torch.zeros(1, dtype=torch.long, device=device)
-    slots = torch.arange(attention_mask.shape[1], device=device)
-    stop_ids, newest = torch.tensor(settings.stop_ids, device=device), torch.empty_like(position)
-    stop_table, text_state = settings.stop_table, torch.zeros_like(rows)
+    # A step reads and writes only these tensors, in place, so that a CUDA graph can replay it.
+    completions = Completions(*(keep(name, x[first : first + B]) for name, x in vars(out).items()))
+    uniforms = None if uniforms is None else keep("uniforms", uniforms[first : first + B])
+    position = keep("position", positions[:, -1:].repeat_interleave(num_samples, 0))
+    visible = keep("visible", attention_mask.repeat_interleave(num_samples, 0))
+    rows = keep("rows", torch.arange(B))  # the rows of `completions` in the batch
+    newest, text_state = keep("newest", torch.zeros(B, 1, dtype=torch.long)), keep("text_state", torch.zeros_like(rows))
+    column, slots = keep("column", torch.zeros(1, dtype=torch.long)), keep("slots", torch.arange(memory.num_slots))
+    stop_ids, stop_table = keep("stop_ids", torch.tensor(settings.stop_ids)), settings.stop_table
+    on_rows(part.start + rows // num_samples)
 
     def append_tokens(logits):
         noise = None if uniforms is None else uniforms[rows, column]
         token, log_prob = sample(logits, noise, settings.temperature)
-        running = out.truncated[rows]
-        out.tokens[rows, column] = torch.where(running, token, 0)
-        out.log_probs[rows, column] = torch.where(running, log_prob, 0.0)
-        out.mask[rows, column] = running
+        running = completions.truncated[rows]
+        completions.tokens[rows, column] = torch.where(running, token, 0)
+        completions.log_probs[rows, column] = torch.where(running, log_prob, 0.0)
+        completions.mask[rows, column] = running
         has_ended = (token[:, None] == stop_ids).any(1)
         if stop_table is not None:
             text_state.copy_(stop_table[text_state, token])
             has_ended |= text_state == len(stop_table) - 1
-        out.truncated[rows] = running & ~has_ended
+        completions.truncated[rows] = running & ~has_ended
         newest.copy_(token[:, None])
         column.add_(1)
 
     def step():
         position.add_(1)
-        visible = attention_mask[:, : cursor.end]
+        mask = visible[:, : cursor.end]
         if has_mask:  # as the model would build it, except that the end may lie beyond the slot
-            visible = (visible & (slots[: cursor.end] <= cursor.slot))[:, None, None]
-        append_tokens(forward(newest, visible, position))
+            mask = (mask & (slots[: cursor.end] <= cursor.slot))[:, None, None]
+        append_tokens(forward(newest, mask, position))
         cursor.slot.add_(1)
 
     append_tokens(logits)
     del logits  # (B, V) is large
-    run_step = GraphedStep(step, enabled=settings.cuda_graphs and has_mask and device.type == "cuda")
-    bucket = LENGTH_BUCKET if run_step.enabled else 1
     for end in range(longest + 1, longest + settings.max_new_tokens):
-        num_finished = int((~out.truncated[rows]).sum())  # the only synchronization with the device in a step
-        if num_finished == len(rows):
+        running = completions.truncated[rows]
+        num_running = int(running.sum())  # the only synchronization with the device in a step
+        if num_running == 0:
             break
-        if num_finished >= (0.5 if run_step.enabled else 0.25) * len(rows):  # dropping rows requires a new capture
-            keep = out.truncated[rows].nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            rows, newest, text_state = (x[keep] for x in (rows, newest, text_state))
-            position, attention_mask = position[keep], attention_mask[keep]
-            on_rows(rows // num_samples)
-            run_step.reset()
-        if end > cursor.end:
-            cursor.end = min(math.ceil(end / bucket) * bucket, len(slots))
-            run_step.reset()
-        run_step()
-
-
-class GraphedStep:
-    """Run a decode step. On a GPU, replay it from a CUDA graph, which avoids the launch overhead of each kernel.
-
-    Call `reset` when shapes change. The first call after it runs eagerly, so that hooks and libraries can initialize;
-    the second captures a graph, and later calls replay it. Unless `enabled`, every call runs eagerly.
-    """
-
-    def __init__(self, step, enabled):
-        self.step, self.enabled = step, enabled
-        self.reset()
-
-    def reset(self):
-        self.is_first, self.graph = True, None  # frees the old graph's memory
-
-    def __call__(self):
-        if not self.enabled or self.is_first:
-            self.is_first = False
-            self.step()
-            return
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                    self.step()
-            except RuntimeError as error:
-                error.add_note("The decode step of this model cannot be captured: set cuda_graphs: false")
-                raise
-        self.graph.replay()
+        # Drop rows that have ended. Graphs need few sizes: there, halve the batch three times at most, with some ended
+        # rows in it.
+        size = math.ceil(len(rows) / 2) if has_graphs else num_running
+        if num_running <= size and (B <= 8 * size if has_graphs else size <= 0.75 * len(rows)):
+            kept = running.int().argsort(descending=True, stable=True)[:size]
+            cache.batch_select_indices(kept)
+            for x in (rows, newest, text_state, position, visible):
+                x[:size] = x[kept]
+            rows, newest, text_state, position, visible = (
+                x[:size] for x in (rows, newest, text_state, position, visible)
+            )
+            on_rows(part.start + rows // num_samples)
+        cursor.end = min(end + -end % LENGTH_BUCKET, memory.num_slots) if has_graphs else end
+        if has_graphs:
+            memory.run((kind, B, len(rows), cursor.end), step)
+        else:
+            step()
+    for name, x in vars(out).items():
+        x[first : first + B] = getattr(completions, name)
 
 
 MIN_SPARED = 0.1  # compute prompts separately if that saves at least this share of all positions
@@ -386,7 +413,8 @@ def completion_log_probs(model, ids, completion_mask, temperature):
     through lm_head, in chunks that the backward pass recomputes, so that no (B, T, V) tensor ever exists.
     """
     network = inner_model(model)
-    hidden = _states_before(network, ids, completion_mask)  # (N, D)
+    states = _states_before if network.config._attn_implementation != "flash" else _states_without_padding
+    hidden = states(network, ids, completion_mask)  # (N, D)
     targets, head = ids[completion_mask], network.get_output_embeddings()  # (N,)
 
     def score(hidden, targets):
@@ -437,3 +465,51 @@ def _states_before(network, ids, completion_mask):
         use_cache=True,
     ).last_hidden_state  # (B, C, D)
     return hidden[offsets < lengths[:, None]]
+
+
+def flash_attention(module, query, key, value, attention_mask, scaling, segments, sliding_window=None, **kwargs):
+    """Attend within segments, as an attention function of transformers: (1, H, N, D) in, (1, N, H, D) out."""
+    keys, *ends = segments
+    key, value = (x[0].transpose(0, 1).index_select(0, keys) for x in (key, value))
+    window = (sliding_window - 1 if sliding_window else -1, 0)  # causal
+    how = {"scale": scaling, "window_size": window, "enable_gqa": True}
+    return varlen.varlen_attn(query[0].transpose(0, 1), key, value, *ends, **how)[None], None
+
+
+AttentionInterface.register("flash", flash_attention)
+
+
+def _states_without_padding(network, ids, completion_mask):
+    """Return what `_states_before` does, from one row without padding: each prompt is in it once.
+
+    The row consists of segments: the common prefix of all prompts, their rests, the completions. A segment attends
+    causally to itself, the rest of a prompt also to the prefix, a completion to its prompt.
+    """
+    device, tokens, positions, keys, num_queries, num_keys = ids.device, [], [], [], [], []
+
+    def add(segment, before):
+        """Append a segment of tokens. Return the indices of all that its successors attend to."""
+        visible = [*before, *range(len(tokens), len(tokens) + len(segment))]
+        tokens.extend(segment)
+        positions.extend(range(len(before), len(visible)))
+        keys.extend(visible)
+        num_queries.append(len(segment))
+        num_keys.append(len(visible))
+        return visible
+
+    starts, ends = completion_mask.int().argmax(1).tolist(), completion_mask.int().cumsum(1).argmax(1).tolist()
+    rows = [(tuple(row[:start]), row[start:end]) for row, start, end in zip(ids.tolist(), starts, ends, strict=True)]
+    prompts = dict.fromkeys(prompt for prompt, _ in rows)
+    shared = min(len(os.path.commonprefix(list(prompts))), min(map(len, prompts)) - 1)
+    prefix = add(next(iter(prompts))[:shared], [])
+    prompts = {prompt: add(prompt[shared:], prefix) for prompt in prompts}
+    index = []  # of the state before each completion token; the last token itself predicts nothing
+    for prompt, completion in rows:
+        visible = add(completion, prompts[prompt])
+        index += visible[len(prompt) - 1 :]
+
+    ends = (F.pad(torch.tensor(n).cumsum(0), (1, 0)).int().to(device) for n in (num_queries, num_keys))
+    segments = torch.tensor(keys, device=device), *ends, max(num_queries), max(num_keys)
+    row, positions = torch.tensor([[tokens], [positions]], device=device)
+    hidden = network.base_model(input_ids=row, position_ids=positions, segments=segments, use_cache=False)
+    return hidden.last_hidden_state[0, torch.tensor(index, device=device)]  # (N, D)

@@ -37,6 +37,7 @@ Shapes: P prompts, G completions per prompt, B rows of all groups, b rows in a m
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -47,9 +48,12 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for Ctrl-C while imports and loading take their time
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -95,8 +99,9 @@ class GRPOConfig(utils.RunConfig):
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
     # Memory and speed, logs
-    micro_batch_tokens: PositiveInt = 4096
-    generation_batch_size: PositiveInt = 256
+    micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
+    generation_batch_size: PositiveInt | Literal["auto"] = "auto"
+    attention: Literal["sdpa", "flash"] = "sdpa"
     log_dir: utils.UserPath = "grpo_logs"
 
 
@@ -193,22 +198,101 @@ def make_policy(model, lora, gradient_checkpointing):
         shape["fan_in_fan_out"] = any(isinstance(layer, Conv1D) for layer in layers.values())  # GPT-2
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **shape))
     model.eval()  # no dropout, in a loaded adapter either; gradients still flow
+    model.adapter_groups = group_adapters(model)
     if gradient_checkpointing:
         inner_model(model).gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     return model
 
 
-@contextlib.contextmanager
-def merged_adapter(model):
-    """Merge the adapter into the weights for sampling: the same policy in far fewer operations.
+class AdapterGroup:
+    """LoRA adapters of layers that read the same input, such as q, k and v: their A in one matrix product.
 
-    Do so only on CPUs, where each operation has a noticeable cost, and only in fp32, since rounding the sum to bf16
-    would change the policy. Adapters with `lora_bias` are not merged, because PEFT cannot merge all of them.
+    y = W x + scaling * B (A x), in fewer operations than PEFT's own forward pass.
+    """
+
+    def __init__(self, layers):
+        self.layers, self.input, self.packed, self.is_sampling = layers, None, None, False
+        for layer in layers:
+            layer.forward = functools.partial(self.forward, layer)
+            layer.lora_A["default"].weight.is_packed = layer.lora_B["default"].weight.is_packed = True
+
+    def weights(self, name):
+        """Return the A of all layers as one matrix (sum of r, in), and {layer: its B}, (out, r)."""
+        A = [layer.lora_A[name].weight for layer in self.layers]
+        return torch.cat(A) if len(A) > 1 else A[0], {layer: layer.lora_B[name].weight for layer in self.layers}
+
+    @torch.no_grad()
+    def pack(self):
+        """Copy the weights to fixed addresses in the base model's dtype, so that a sampling step need not cast them."""
+        A, B = self.weights("default")
+        if self.packed is None:
+            dtype = self.layers[0].weight.dtype
+            self.packed = (
+                torch.empty_like(A, dtype=dtype),
+                {layer: torch.empty_like(B[layer], dtype=dtype) for layer in B},
+            )
+        self.packed[0].copy_(A)
+        for layer, packed in self.packed[1].items():
+            packed.copy_(B[layer])
+
+    def forward(self, layer, x):
+        y = layer.base_layer(x)
+        if layer.merged or layer.disable_adapters:
+            return y
+        (name,) = layer.active_adapters
+        A, B = self.packed if self.is_sampling else self.weights(name)
+        if self.input is not x:  # the first of the layers: compute A x for all
+            self.input, sizes = x, [layer.r[name] for layer in self.layers]
+            self.inner = dict(zip(self.layers, F.linear(x, A).split(sizes, -1), strict=True))
+        inner = self.inner.pop(layer)  # (..., r)
+        self.input = x if self.inner else None
+        return torch.addmm(y.flatten(0, -2), inner.flatten(0, -2), B[layer].T, alpha=layer.scaling[name]).view_as(y)
+
+
+@torch.no_grad()
+def group_adapters(model):
+    """Replace the forward pass of plain LoRA layers. One pass through the model shows which ones share their input."""
+    groups = {}  # {id of an input: (the input, kept alive so that ids differ, [its layers])}
+    layers = [m for m in model.modules() if type(m) is LoraLinear and not (m.lora_variant or any(m.lora_bias.values()))]
+
+    def note_input(layer, args):
+        groups.setdefault(id(args[0]), (args[0], []))[1].append(layer)
+
+    hooks = [layer.register_forward_pre_hook(note_input) for layer in layers]
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
+        model(input_ids=torch.arange(8, device=model.device)[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return [AdapterGroup(group) for _, group in groups.values()]
+
+
+@contextlib.contextmanager
+def sampling_adapter(model):
+    """Prepare the adapter for sampling: the same policy in fewer operations.
+
+    In fp32 on a CPU, merge it into the weights; in bf16, rounding the sum would change the policy. Adapters with
+    `lora_bias` are not merged, because PEFT cannot merge all of them.
     """
     is_fp32_on_cpu = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
-    if not is_fp32_on_cpu or not isinstance(model, PeftModel) or model.peft_config["default"].lora_bias:
+    can_merge = is_fp32_on_cpu and isinstance(model, PeftModel) and not model.peft_config["default"].lora_bias
+    with merged_adapter(model) if can_merge else packed_adapter(model):
         yield
-        return
+
+
+@contextlib.contextmanager
+def packed_adapter(model):
+    for group in model.adapter_groups:
+        group.pack()
+        group.is_sampling = True
+    try:
+        yield
+    finally:
+        for group in model.adapter_groups:
+            group.is_sampling = False
+
+
+@contextlib.contextmanager
+def merged_adapter(model):
     originals = {layer: layer.weight for name, layer in model.named_modules() if name.endswith(".base_layer")}
     try:
         for layer, weight in originals.items():
@@ -252,7 +336,7 @@ def checkpointed_layers(model):
 def rollout(policy, problems, uniforms, settings, accelerator):
     """Sample G completions of each problem. uniforms: (P, G, max_new_tokens)"""
     prompts, G = [problem.ids for problem in problems], uniforms.shape[1]
-    with merged_adapter(policy), accelerator.autocast():
+    with sampling_adapter(policy), accelerator.autocast():
         return generate(policy, prompts, settings, num_samples=G, uniforms=uniforms.flatten(0, 1))
 
 
@@ -303,19 +387,25 @@ def make_micro_batches(prompts, completions, advantages, weights, token_budget, 
     packings = pack(groups), pack([[row] for row in kept])
     batches = min(packings, key=lambda batches: sum(map(num_positions, batches)))
 
-    micro_batches = []
-    for rows in batches:
-        T = max(len(prompt_of(row)) + lengths[row] for row in rows)
-        ids = torch.zeros(len(rows), T, dtype=torch.long, device=weights.device)
-        mask = torch.zeros(ids.shape, dtype=torch.bool, device=weights.device)
-        sampler_log_probs = torch.zeros(ids.shape, device=weights.device)
-        for i, row in enumerate(rows):
-            start, end = len(prompt_of(row)), len(prompt_of(row)) + lengths[row]
-            ids[i, :start] = torch.tensor(prompt_of(row))
-            ids[i, start:end] = completions.tokens[row, : lengths[row]]
-            mask[i, start:end] = True
-            sampler_log_probs[i, start:end] = completions.log_probs[row, : lengths[row]]
-        micro_batches.append(MicroBatch(ids, mask, advantages[rows, None], weights[rows, None], sampler_log_probs))
+    # Lay out all rows in whole arrays, so that the number of copies to the device does not depend on their number.
+    device, order = weights.device, list(itertools.chain.from_iterable(batches))
+    starts = torch.tensor([[len(prompt_of(row))] for row in order], dtype=torch.long, device=device)
+    padded = pad_sequence(list(map(torch.tensor, prompts)), batch_first=True).to(device)  # (P, L)
+    rows = torch.tensor(order, dtype=torch.long, device=device)
+    T = max((len(prompt_of(row)) + lengths[row] for row in order), default=0)
+    offsets = torch.arange(T, device=device) - starts  # (rows, T) of each position in its completion
+    columns = offsets.clamp(0, completions.mask.shape[1] - 1)
+    mask = completions.mask[rows].gather(1, columns) & (offsets == columns)
+    prompt_ids = F.pad(padded, (0, T - padded.shape[1]))[rows // G]
+    ids = torch.where(mask, completions.tokens[rows].gather(1, columns), prompt_ids)
+    log_probs = torch.where(mask, completions.log_probs[rows].gather(1, columns), 0.0)
+
+    micro_batches, first = [], 0
+    for batch in batches:
+        part = slice(first, first := first + len(batch))
+        T = max(len(prompt_of(row)) + lengths[row] for row in batch)
+        of_rows = advantages[rows[part], None], weights[rows[part], None]
+        micro_batches.append(MicroBatch(ids[part, :T], mask[part, :T], *of_rows, log_probs[part, :T]))
     return micro_batches
 
 
@@ -368,13 +458,17 @@ def update(policy, optimizer, micro_batches, config, frozen_copy, accelerator, v
     finite and no step was taken.
     """
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    losses = torch.zeros(2, device=accelerator.device)
+    losses, settings = torch.zeros(2, device=accelerator.device), inner_model(policy).config
+    decoding = settings._attn_implementation
+    if config.attention == "flash":  # the backward pass, too, since gradient checkpointing repeats the forward pass
+        settings._attn_implementation = "flash"
     for batch in micro_batches:
         loss, kl_term, batch_values = micro_batch_loss(policy, batch, config, frozen_copy, accelerator.autocast)
         loss.backward()
         losses += torch.stack([loss.detach(), kl_term])
         for name, value in batch_values.items():
             values[name].append(value)
+    settings._attn_implementation = decoding
     utils.sum_gradients(parameters, accelerator)
     losses = accelerator.reduce(losses)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
@@ -461,7 +555,7 @@ def train(config, setup, run, optimizer, frozen_copy=None):
             prompts = [problem.ids for problem in problems]
             local = prompts, completions, advantages[own].flatten(), loss_weights[own].flatten()
             num_slots = max(map(len, prompts)) + config.max_new_tokens
-            can_share = shares_prompts(inner_model(policy), num_slots)
+            can_share = config.attention == "flash" or shares_prompts(inner_model(policy), num_slots)
             batches = make_micro_batches(*local, config.micro_batch_tokens, can_share)
             for _ in range(K if loss_weights.any() else 0):
                 if not skipped:
@@ -485,25 +579,57 @@ def train(config, setup, run, optimizer, frozen_copy=None):
         run.log(step, scores, metrics, skipped, num_prompts=len(tied), signal_share=float(has_signal.sum() / P))
 
 
+def fit_to_memory(config, policy, longest_prompt, free):
+    """Return the config with numbers for `auto` in micro_batch_tokens and generation_batch_size.
+
+    They share four fifths of the free bytes, up to the size of a step. A position of the backward pass takes 1.5 times
+    the bytes in the comment of grpo_config.yml.
+    """
+    shape, size = policy.config.get_text_config(), {"float32": 4, "bfloat16": 2}[config.dtype]
+    num_slots, num_rows = longest_prompt + config.max_new_tokens, config.prompts_per_step * config.group_size
+    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    kv_heads = getattr(shape, "num_key_value_heads", shape.num_attention_heads)
+    per_row = 2 * size * shape.num_hidden_layers * kv_heads * head_dim * num_slots + 12 * shape.vocab_size
+    hidden, intermediate = (44, 8) if size == 2 else (63, 16)
+    if config.gradient_checkpointing:
+        hidden, intermediate = size, 0
+    inner_size = getattr(shape, "intermediate_size", 4 * shape.hidden_size)
+    per_position = 1.5 * shape.num_hidden_layers * (hidden * shape.hidden_size + intermediate * inner_size)
+    num_trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+    budget = 0.8 * free - 12 * num_trained - 2**29  # gradient and AdamW's moments; chunks of logits
+    rows = min(max(num_rows, config.eval_size), int(0.4 * budget / per_row))
+    tokens = min(num_rows * num_slots, int((budget - rows * per_row) / per_position))
+    found = {"generation_batch_size": max(rows, 1), "micro_batch_tokens": max(tokens, 1)}
+    return config.model_copy(update={key: value for key, value in found.items() if getattr(config, key) == "auto"})
+
+
 def main(config):
     check_folder(config)
     # Train fp32 weights, since bf16 would round most updates away. PEFT keeps adapters of a bf16 model in fp32.
     weights_dtype = "float32" if config.lora is None else config.dtype
-    decoding = {"temperature": config.temperature, "batch_size": config.generation_batch_size}
-    setup = utils.set_up(config, weights_dtype, autocast=config.dtype == "bfloat16", **decoding)
+    setup = utils.set_up(config, weights_dtype, autocast=config.dtype == "bfloat16", temperature=config.temperature)
+    on_gpu = setup.accelerator.device.type == "cuda"
+    if config.attention == "flash" and not (on_gpu and config.dtype == "bfloat16"):
+        raise UserError("attention: flash: needs a GPU and dtype: bfloat16")
     share(config.prompts_per_step, setup.accelerator)  # raises if there are fewer prompts than processes
     utils.check_chunked_head(setup.model)
     identity = run_identity(config, setup)  # of the model before it gets an adapter
     setup.model = policy = make_policy(setup.model, config.lora, config.gradient_checkpointing)
-    for module in policy.modules():
-        if config.dtype == "bfloat16" and hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False  # PEFT would cast inputs to fp32, and autocast back to bf16
     trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
     frozen_copy = copy.deepcopy(policy).requires_grad_(False) if config.lora is None and config.kl_weight else None
+    if on_gpu:
+        longest = max(len(problem.ids) for problem in setup.train_set + setup.test_set)
+        config = fit_to_memory(config, policy, longest, torch.cuda.mem_get_info(setup.accelerator.device)[0])
+        sizes = f"{config.micro_batch_tokens:,}, generation_batch_size {config.generation_batch_size:,}"
+        utils.say_once(f"memory  micro_batch_tokens {sizes}")
+    else:
+        small = {"micro_batch_tokens": 4096, "generation_batch_size": 256}
+        config = config.model_copy(update={key: n for key, n in small.items() if getattr(config, key) == "auto"})
+    setup.settings.batch_size = config.generation_batch_size
     optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
 
     def evaluate():
-        with merged_adapter(policy):
+        with sampling_adapter(policy):
             return utils.evaluate(setup)
 
     run = Run(

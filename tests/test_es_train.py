@@ -14,7 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import es_train
 from es_train import ESConfig, Population, check_low_rank, noise_generators, update_master, write_weights, z_scores
-from generation import generate
+from generation import DecodeMemory, generate
 from reward import UserError
 from utils import load_model
 
@@ -67,7 +67,9 @@ def dense_noise(model, rank, generator):
 
 def make_population(model, noises, scale):
     scales = torch.full((len(noises),), scale)
-    return Population(model, shapes_of(model, "low_rank"), generators_of(3, noises), scales, len(PROMPTS))
+    return Population(
+        model, shapes_of(model, "low_rank"), generators_of(3, noises), scales, len(PROMPTS), DecodeMemory()
+    )
 
 
 def texts(completions):

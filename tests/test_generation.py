@@ -8,15 +8,17 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import EOS, PAD, VOCAB, make_like, make_model, oracle_log_probs, random_prompts, settings
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 import generation
 from es_train import Population, noise_generators, noise_shapes
-from generation import GraphedStep, PreallocatedLayer, completion_log_probs, generate, sample
-from grpo_train import LoRA, make_micro_batches, make_policy, merged_adapter
+from generation import PreallocatedLayer, completion_log_probs, generate, inner_model, sample
+from grpo_train import LoRA, make_micro_batches, make_policy, packed_adapter
 from reward import UserError
 from utils import check_chunked_head, completion_texts, fingerprint, stop_table
 
@@ -166,7 +168,11 @@ def test_a_completion_ends_with_the_token_that_completes_a_stop_text_however_it_
     def is_complete(tokens):
         return tokens[-1] in STOP or any(text in tokenizer.decode(tokens) for text in stop)
 
-    out = captured_as_eager(lambda: rollout(model, **options))[0] if graphs else rollout(model, **options)
+    def decode(how):
+        how.stop_table = options["stop_table"]
+        return generate(model, PROMPTS, how, G, draws(len(PROMPTS) * G))
+
+    out = captured_as_eager(decode)[0] if graphs else rollout(model, **options)
     assert_as_the_oracle(out, model, PROMPTS, ends=is_complete)
     found = [row for row in rows_of(out) if row[-1] not in STOP and is_complete(row)]
     assert len(found) >= 3 and any(not any(text in tokenizer.pieces[row[-1]] for text in stop) for row in found)
@@ -290,67 +296,78 @@ def test_fp32_sampling_frequencies_are_the_probabilities_at_a_vocabulary_of_152k
     assert (above >= u - 2e-6).all() and (above - probs[tokens] <= u + 2e-6).all()
 
 
-def frozen(function, cursors):
-    """Return a copy of a function that keeps the current values of its closure, as a CUDA graph keeps its tensors."""
-    cells = []
-    for cell in function.__closure__ or ():
-        content = cell.cell_contents
-        if isinstance(content, types.FunctionType) and content.__module__ == "generation":
-            content = frozen(content, cursors)
-        elif isinstance(content, types.SimpleNamespace):  # the cursor
-            cursors.append((content, content.slot, content.end))
-        cells.append(types.CellType(content))
-    code, scope = function.__code__, function.__globals__
-    return types.FunctionType(code, scope, function.__name__, function.__defaults__, tuple(cells))
+class Recorder(TorchDispatchMode):
+    """Record the operations of a step, and address, shape and strides of the tensors that existed before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads, self.own = [], {}  # own: by address, tensors of the step, kept so that no address is used twice
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        new = [x for x in given if x.untyped_storage().data_ptr() not in self.own]
+        self.reads.append((str(function), [(x.data_ptr(), x.shape, x.stride()) for x in new]))
+        result = function(*args, **(kwargs or {}))
+        addresses = {x.untyped_storage().data_ptr() for x in given}
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in addresses:
+                self.own[x.untyped_storage().data_ptr()] = x
+        return result
 
 
 def captured_as_eager(decode, device=GPU):
-    """Assert that captured steps give the same result as eager ones. Frozen functions replace CUDA graphs.
+    """Assert that captured steps give the same result as eager ones, in three rollouts with the same settings.
 
-    Return the completions and the number of replays of each graph, in order. Uninitialized memory holds NaN.
+    decode(settings): completions. A stand-in for CUDA graphs runs each step, and fails if a replay would read another
+    address or shape than the captured step. Return the completions and, for each rollout, [captures, replays].
     """
-    eager, calls = decode(), []
+    eager, kept, counts = decode(settings(MAX_NEW, STOP, cuda_graphs=False)), settings(MAX_NEW, STOP), []
 
-    class FrozenStep(GraphedStep):
-        def __call__(self):
-            if self.enabled and not self.is_first and self.graph is None:
-                cursors = []
-                step = frozen(self.step, cursors)
-                calls.append(0)
+    def run(memory, key, step):
+        with Recorder() as recorder, pytest.MonkeyPatch.context() as patch:
+            if key in memory.graphs:
+                patch.setattr(PreallocatedLayer, "update", replayed_update)
+            step()
+        counts[-1][key in memory.graphs] += 1
+        assert recorder.reads == memory.graphs.setdefault(key, recorder.reads)
 
-                def replay():
-                    assert cursors and all(now.slot is slot and now.end == end for now, slot, end in cursors)
-                    calls[-1] += 1
-                    step()
+    def replayed_update(layer, *args, update=PreallocatedLayer.update):  # a replay runs no Python
+        before = layer.keys, layer.values
+        result = update(layer, *args)
+        layer.keys, layer.values = before
+        return result
 
-                self.graph = types.SimpleNamespace(replay=replay)
-            super().__call__()
-
-    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as at_the_end:
-        patch.setattr(generation, "GraphedStep", FrozenStep)
-        patch.setattr(generation, "LENGTH_BUCKET", 5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation.DecodeMemory, "run", run)
+        patch.setattr(generation, "LENGTH_BUCKET", 8)
         patch.setattr(PreTrainedModel, "device", device)
-        at_the_end.callback(torch.use_deterministic_algorithms, False)
-        torch.use_deterministic_algorithms(True)
-        captured = decode()
-    assert torch.equal(captured.tokens, eager.tokens) and torch.equal(captured.mask, eager.mask)
-    torch.testing.assert_close(captured.log_probs, eager.log_probs, atol=1e-5, rtol=0)
-    return eager, calls
+        for _ in range(3):
+            counts.append([0, 0])
+            captured = decode(kept)
+            assert torch.equal(captured.tokens, eager.tokens) and torch.equal(captured.mask, eager.mask)
+            assert torch.equal(captured.truncated, eager.truncated)
+            torch.testing.assert_close(captured.log_probs, eager.log_probs, atol=1e-5, rtol=0)
+    return eager, counts
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma3", "lora", "merged"])
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma3", "lora"])
 def test_captured_steps_give_the_tokens_of_the_eager_loop(kind):
     model = make_model(**KINDS.get(kind, {}))
-    if kind in ("lora", "merged"):
+    if kind == "lora":
         model = make_policy(model, LoRA(rank=4), False)
         for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
             torch.nn.init.normal_(parameter, std=0.1)
-    with merged_adapter(model) if kind == "merged" else contextlib.nullcontext():
-        completions, calls = captured_as_eager(lambda: rollout(model, stop_ids=[EOS, *range(7, 10)]))
+
+    def decode(how):
+        how.stop_ids = [EOS, *range(7, 10)]
+        with packed_adapter(model) if kind == "lora" else contextlib.nullcontext():
+            return generate(model, PROMPTS, how, G, draws(len(PROMPTS) * G))
+
+    completions, ((captures, replays), *later) = captured_as_eager(decode)
     # Most rows finish early. A smaller batch needs a new capture, and so does a longer cache.
     assert completions.mask.sum(1).median() < MAX_NEW / 2
-    assert len(calls) >= 3 and sum(calls) > MAX_NEW / 2
-    assert max(calls) == 4  # the first of five steps with the same end is not captured
+    assert captures >= 3 and replays > MAX_NEW / 2
+    assert later == [[0, captures + replays]] * 2
 
 
 @pytest.mark.parametrize("rank", [1, 2])
@@ -358,30 +375,59 @@ def test_a_population_decodes_the_same_tokens_in_captured_steps(model, rank):
     members, prompts = 4, prompts_after(10)
     shapes = noise_shapes(dict(model.named_parameters()), "low_rank", rank)
 
-    def decode():
+    def decode(how):
         generators = noise_generators(0, 0, range(members), members, torch.device("cpu"))
-        with Population(model, shapes, generators, torch.full((members,), 0.1), len(prompts)) as on_rows:
-            return generate(model, prompts * members, settings(MAX_NEW, STOP), on_rows=on_rows, block_size=len(prompts))
+        more = torch.full((members,), 0.1), len(prompts), how.memory
+        with Population(model, shapes, generators, *more) as on_rows:
+            return generate(model, prompts * members, how, on_rows=on_rows, block_size=len(prompts))
 
-    completions, calls = captured_as_eager(decode)
-    assert sum(calls) > 0 and len(completions.tokens.unique(dim=0)) > len(prompts)  # members answer differently
+    completions, ((captures, replays), *later) = captured_as_eager(decode)
+    assert replays > 0 and later == [[0, captures + replays]] * 2
+    assert len(completions.tokens.unique(dim=0)) > len(prompts)  # members answer differently
+
+
+def test_graphs_are_captured_again_once_their_memory_has_moved():
+    model = make_model()
+
+    def decode(how):
+        generate(model, PROMPTS[:1], how, G, draws(G))
+        return generate(model, PROMPTS, how, G, draws(len(PROMPTS) * G))
+
+    _, ((first, _), (second, _), (third, _)) = captured_as_eager(decode)
+    assert first > second > third == 0  # those of the small batch, after the large one has moved its memory
+
+
+def test_a_population_of_one_member_and_an_evaluation_of_as_many_rows_have_graphs_of_their_own(model):
+    shapes = noise_shapes(dict(model.named_parameters()), "low_rank", 1)
+
+    def decode(how):
+        generators = noise_generators(0, 0, range(1), 4, torch.device("cpu"))
+        with Population(model, shapes, generators, torch.full((1,), 0.1), len(PROMPTS), how.memory) as on_rows:
+            generate(model, PROMPTS, how, on_rows=on_rows, block_size=len(PROMPTS))
+        return generate(model, PROMPTS, how)
+
+    assert captured_as_eager(decode)[1][-1][0] == 0
 
 
 @pytest.mark.parametrize("reason", ["sliding window", "cuda_graphs: false", "cpu"])
 def test_steps_that_cannot_or_should_not_be_captured_are_not(reason):
     model, cuda_graphs = make_model(**KINDS.get(reason, {})), reason != "cuda_graphs: false"
     device = torch.device("cpu") if reason == "cpu" else GPU
-    assert captured_as_eager(lambda: rollout(model, cuda_graphs=cuda_graphs), device)[1] == []
+
+    def decode(how):
+        how.cuda_graphs = cuda_graphs and how.cuda_graphs
+        return generate(model, PROMPTS, how, G, draws(len(PROMPTS) * G))
+
+    assert captured_as_eager(decode, device)[1] == [[0, 0]] * 3
 
 
 @pytest.mark.parametrize("error", [RuntimeError("not permitted"), torch.OutOfMemoryError("no memory")], ids=repr)
 def test_a_failed_capture_ends_with_its_error_and_with_what_to_do(monkeypatch, error):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
-    run_step = GraphedStep(Mock(side_effect=[None, error]), enabled=True)  # the first step is not captured
-    run_step()
+    step = Mock(side_effect=[None, error])  # the first step is not captured
     with pytest.raises(type(error), match=str(error)) as raised:
-        run_step()
+        generation.DecodeMemory().run("key", step)
     assert "cannot be captured: set cuda_graphs: false" in " ".join(raised.value.__notes__)
 
 
@@ -488,3 +534,47 @@ def test_model_that_caps_its_logits_is_refused(model):
     model.register_forward_hook(cap)
     with pytest.raises(UserError, match="changes its logits after lm_head"):
         check_chunked_head(model)
+
+
+def plain_varlen_attention(query, key, value, query_ends, key_ends, max_q, max_k, *, scale, window_size, enable_gqa):
+    """Variable-length attention in plain PyTorch: one segment at a time. query, key, value: (N, heads, D)"""
+    parts = []
+    for (q0, q1), (k0, k1) in zip(*(itertools.pairwise(ends.tolist()) for ends in (query_ends, key_ends)), strict=True):
+        assert q1 - q0 <= max_q and k1 - k0 <= max_k and enable_gqa
+        q, k, v = (x.transpose(0, 1) for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
+        distance = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None] - torch.arange(k1 - k0)
+        mask = (distance >= 0) & ((window_size[0] < 0) | (distance <= window_size[0]))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+        parts.append(out.transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("beginning", [0, 10])
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma3", "gemma3, a narrow window", "sliding window", "lora"])
+def test_rows_without_padding_have_the_log_probs_and_gradients_of_padded_ones(monkeypatch, kind, beginning):
+    monkeypatch.setattr(generation.varlen, "varlen_attn", plain_varlen_attention)
+    model = make_model(**KINDS.get(kind, {})).double()
+    if kind == "lora":
+        model = make_policy(model, LoRA(rank=4), False)
+        for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
+            torch.nn.init.normal_(parameter, std=0.1)
+    prompts = prompts_after(beginning, (3, 9, 0, 1)) if beginning else PROMPTS  # with one that is the whole beginning
+    rows = [prompt for prompt in prompts for _ in range(G)]
+    lengths = torch.randint(1, MAX_NEW, (len(rows),), generator=torch.Generator().manual_seed(0)).tolist()
+    lengths[3] = 1
+    tokens = random_prompts(lengths, seed=9)
+    ids, mask = right_padded([row + end for row, end in zip(rows, tokens, strict=True)], list(map(len, rows)))
+    for part in (slice(0, len(rows)), slice(2, 5), slice(3, 4)):  # all rows; one prompt; one token
+        results = []
+        for attention in ("sdpa", "flash"):
+            inner_model(model).config._attn_implementation = attention
+            log_probs, entropy = completion_log_probs(model, ids[part], mask[part], 0.7)  # rounded to fp32
+            hidden = (generation._states_without_padding if attention == "flash" else generation._states_before)(
+                inner_model(model), ids[part], mask[part]
+            )
+            model.zero_grad()
+            (hidden * torch.arange(1.0, 33) / hidden.shape[1]).sin().sum().backward()
+            gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            results.append((hidden.detach(), gradient, log_probs.detach(), entropy))
+        for ours, exact in zip(results[1], results[0], strict=True):  # norms compute in fp32, whatever the dtype
+            torch.testing.assert_close(ours, exact, atol=2e-6 * max(1, exact.abs().max()), rtol=0)

@@ -68,7 +68,7 @@ def test_a_population_decodes_the_same_tokens_under_graphs(rank, capture):
     def answers(cuda_graphs):
         generators = noise_generators(0, 0, range(members), members, model.device)
         how, scales = settings(MAX_NEW, [EOS, 7], cuda_graphs=cuda_graphs), torch.full((members,), 0.1).cuda()
-        with Population(model, shapes, generators, scales, len(PROMPTS)) as on_rows:
+        with Population(model, shapes, generators, scales, len(PROMPTS), how.memory) as on_rows:
             return generate(model, PROMPTS * members, how, on_rows=on_rows, block_size=len(PROMPTS))
 
     graphs = answers(cuda_graphs=True)

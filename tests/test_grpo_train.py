@@ -9,13 +9,15 @@ from unittest.mock import Mock
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import EOS, make_model, random_prompts, settings
+from conftest import EOS, VOCAB, make_model, random_prompts, settings
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import generation
 import grpo_train
 import utils
-from generation import completion_log_probs, generate, shares_prompts
+from generation import Completions, completion_log_probs, generate, shares_prompts
 from grpo_train import GRPOConfig, LoRA, group_advantages, kl_estimate, make_policy, policy_loss, token_weights
 from reward import UserError
 
@@ -180,14 +182,64 @@ def test_gradient_equals_a_plain_loop_over_unpadded_rows_and_is_clipped_to_max_g
     assert metrics["grad_norm"] == pytest.approx(plain.norm().item(), rel=1e-4)  # before clipping
 
 
+class CountOperations(TorchDispatchMode):
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_adapters_of_one_input_are_one_product_with_pefts_log_probs_and_gradients(family):
+    ids, results, counts = torch.tensor(random_prompts([12, 12])), [], []
+    for grouped in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if not grouped:
+                patch.setattr(grpo_train, "group_adapters", lambda model: [])
+            model = randomized(make_policy(make_model(family=family).double(), LoRA(rank=4), False), 0.1)
+        with CountOperations() as count:
+            logits = model(input_ids=ids).logits
+        logits.log_softmax(-1)[..., 5].sum().backward()
+        results.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+        counts.append(count.number)
+    assert len(model.adapter_groups) == 2 * 4  # q, k, v; o; gate, up; down in each of two layers
+    assert counts[0] - counts[1] >= 2 * 7 * 2  # scaling and sum are part of the product, and 3 products of A are spared
+    assert results[0].keys() == results[1].keys()
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(results[1][name], gradient, atol=1e-12, rtol=1e-9)
+
+
+def test_number_of_copies_to_the_device_does_not_depend_on_the_number_of_rows():
+    counts = []
+    for num_samples in (2, 50):
+        prompts, rows = random_prompts([3, 9]), 2 * num_samples
+        tokens, mask = torch.ones(rows, 5, dtype=torch.long), torch.arange(5) < torch.arange(rows)[:, None] % 5 + 1
+        completions = Completions(tokens, mask, tokens / 2.0, torch.zeros(rows, dtype=torch.bool))
+        with CountOperations() as count:
+            batches = grpo_train.make_micro_batches(prompts, completions, *torch.ones(2, rows), 10**6, True)
+            generation._lay_out(prompts, 0, 5)
+        assert len(batches) == 1
+        counts.append(count.number)
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_adapters_cast_their_inputs_only_where_autocast_does_not_cast_them_back(tmp_path, monkeypatch, dtype):
-    models = []
-    monkeypatch.setattr(grpo_train, "train", lambda config, setup, *_: models.append(setup.model))
-    config = {"device": "cpu", "dtype": dtype, "log_dir": str(tmp_path), "dataset_args": {"size": 20}}
-    grpo_train.main(GRPOConfig(**config))
-    layers = [module for module in models[0].modules() if hasattr(module, "lora_A")]
-    assert layers and all(layer.cast_input_dtype_enabled == (dtype == "float32") for layer in layers)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_auto_sizes_fit_into_the_free_memory_and_do_not_exceed_a_step(dtype, checkpointing):
+    policy = make_policy(make_model(), LoRA(rank=4), False)
+    size, hidden, intermediate = {"float32": (4, 63, 16), "bfloat16": (2, 44, 8)}[dtype]
+    config = GRPOConfig(dtype=dtype, gradient_checkpointing=checkpointing, max_new_tokens=40, eval_size=9)
+    per_row = 2 * 2 * 2 * 8 * size * 100 + 12 * VOCAB  # keys and values, layers, heads of 8; logits
+    per_position = 1.5 * 2 * (32 * size if checkpointing else 32 * hidden + 64 * intermediate)
+    fits = grpo_train.fit_to_memory(config, policy, 60, 10**13)
+    assert (fits.generation_batch_size, fits.micro_batch_tokens) == (32 * 8, 32 * 8 * 100)
+    for free in (2**30, 2**29 * 1.4):
+        fits = grpo_train.fit_to_memory(config, policy, 60, free)
+        needed = fits.generation_batch_size * per_row + fits.micro_batch_tokens * per_position
+        assert needed <= 0.8 * free - 2**29 or fits.generation_batch_size == 1
+    given = config.model_copy(update={"micro_batch_tokens": 7})
+    assert grpo_train.fit_to_memory(given, policy, 60, 2**30).micro_batch_tokens == 7
 
 
 def test_micro_batches_hold_rows_with_weight_within_the_token_budget_longest_first():
@@ -224,18 +276,23 @@ def test_sampling_with_the_adapter_merged_is_the_same_policy_and_leaves_no_trace
     model = randomized(make_policy(model, LoRA(rank=4, target_modules=targets), False), 0.1)
     before = {name: (parameter, parameter.clone()) for name, parameter in model.named_parameters()}
     ids = torch.tensor(random_prompts([12]))
-    logits, embedding = model(ids).logits, model.get_input_embeddings()(ids)
-    with pytest.raises(KeyboardInterrupt), grpo_train.merged_adapter(model):
+
+    def logits_of(model):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return model(ids).logits
+
+    logits, embedding = logits_of(model), model.get_input_embeddings()(ids)
+    with pytest.raises(KeyboardInterrupt), grpo_train.sampling_adapter(model):
         inside = dict(model.named_parameters())
         changed = {name for name in inside if name not in before or not torch.equal(inside[name], before[name][1])}
         expected = {name for name in inside if name.endswith(".base_layer.weight")}
         assert changed == (expected if dtype == torch.float32 else set())  # merging would round in bf16
         assert torch.equal(model.get_input_embeddings()(ids), embedding)
-        torch.testing.assert_close(model(ids).logits, logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits_of(model), logits, atol=1e-4, rtol=0)
         raise KeyboardInterrupt
     assert dict(model.named_parameters()).keys() == before.keys()
     assert all(p is before[name][0] and torch.equal(p, before[name][1]) for name, p in model.named_parameters())
-    assert torch.equal(model(ids).logits, logits)
+    assert torch.equal(logits_of(model), logits)
 
 
 @pytest.mark.parametrize("lora", [LoRA(rank=4), None], ids=["adapter", "all weights"])
@@ -359,7 +416,7 @@ def test_adapters_for_all_linear_layers_and_for_those_of_gpt2(targets):
             parameter.data.normal_(std=0.1)
     ids = torch.tensor(random_prompts([12]))
     logits = model(ids).logits
-    with grpo_train.merged_adapter(model):
+    with grpo_train.sampling_adapter(model):
         torch.testing.assert_close(model(ids).logits, logits, atol=1e-4, rtol=0)
 
 

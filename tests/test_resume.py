@@ -316,7 +316,7 @@ def test_journal_replays_the_weights_of_every_step_bit_for_bit(tmp_path, perturb
 def copy_of_journal(finished, tmp_path, keeps_checkpoints=False):
     """Copy the ES run and return the path and lines of its journal. Without checkpoints, resuming replays all of it."""
     folder = shutil.copytree(finished["es"], tmp_path / "run")
-    shutil.rmtree(folder / "model")
+    shutil.rmtree(folder / "model")  # it would not be overwritten
     if not keeps_checkpoints:
         shutil.rmtree(folder / "checkpoints")
     path = folder / "journal.jsonl"

@@ -267,6 +267,7 @@ BAD_INPUT = [
     ("run_name=taken", "taken already exists; choose another name or delete it"),
     ("max_new_tokens=500", "max_new_tokens: 500: a prompt of "),
     ("device=cuda", "device: cuda: PyTorch finds no GPU; use cpu or auto"),
+    ("attention=flash", "attention: flash: needs a GPU and dtype: bfloat16"),
     ("--group_size=1", "command line: group_size: 1: should be greater than or equal to 2"),
     ("--lr=1e-4", "command line: lr: 0.0001: unknown key, did you mean learning_rate?"),
     ("--lr", "command line: lr: expected key=value"),
@@ -538,13 +539,9 @@ def test_every_file_that_readme_names_exists():
 
 
 @pytest.mark.slow
-def test_benchmark_for_a_gpu_runs_at_toy_size(tmp_path):
-    problems = tmp_path / "train.jsonl"
-    lines = [json.dumps({"question": f"Ann has {n} apples, eats {n // 2} and buys 3."}) for n in range(2, 6)]
-    problems.write_text("\n".join(lines))
-    sizes = "--sizes toy --prompts 2 --samples 2 --new-tokens 3 --members 2 --rounds 1"
-    out = run(f"python benchmarks/real_sizes.py --problems {problems} {sizes}")
-    for row in ("low_rank, one batch", "graphs", "eager", "generate", "with gradient checkpointing"):
+def test_benchmark_for_a_gpu_runs_at_toy_size():
+    out = run("python benchmarks/gpu.py --tiny --model tiny_model")
+    for row in ("low_rank, one batch", "graphs", "eager", "generate", "sdpa, gradient checkpointing", "rollout"):
         assert f"| {row} |" in out
     assert "graphs and eager have 100.0% of tokens in common" in out
 
