@@ -39,9 +39,8 @@ with tempfile.TemporaryDirectory() as logs:
             subprocess.run(command, cwd=checkout, check=True, stdout=subprocess.DEVNULL)
             events = EventAccumulator(f"{logs}/{number}-{seed}", size_guidance={"scalars": 0}).Reload()
             for name, tag in TAGS.items():
-                found[name] += (
-                    [e.value for e in events.Scalars(tag) if e.step > 1] if tag in events.Tags()["scalars"] else []
-                )
+                logged = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
+                found[name] += [event.value for event in logged if event.step > 1]
 print(f"| median (range) | {' | '.join(TAGS)} |\n|---|{'---|' * len(TAGS)}")
 for checkout, found in values.items():
     cells = [f"{statistics.median(x):.3g} ({min(x):.3g} to {max(x):.3g})" if x else "" for x in found.values()]

@@ -41,7 +41,6 @@ from generation import DecodeSettings, inner_model, shares_prompts
 from utils import Problem, Setup, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-TOKENIZER = load_tokenizer(str(ROOT / "tiny_model"))  # only for padding
 DIMENSIONS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 SIZES = {"0.5B": (896, 4864, 24, 14, 151_936), "1.5B": (1536, 8960, 28, 12, 151_936), "tiny": (64, 128, 2, 4, 1_000)}
 LINES = []  # of the report
@@ -74,8 +73,8 @@ def make_problems(count, vocabulary, longest):
 
 def pad(problems, device):
     """Return the inputs of model.generate for these prompts."""
-    rows = {"input_ids": [problem.ids for problem in problems]}
-    return TOKENIZER.pad(rows, padding_side="left", return_tensors="pt").to(device)
+    rows, tokenizer = {"input_ids": [problem.ids for problem in problems]}, load_tokenizer(str(ROOT / "tiny_model"))
+    return tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(device)
 
 
 def measure(ways, rounds):
@@ -166,10 +165,8 @@ def measure_rollout(policy, problems, num_samples, arguments, accelerator, rate)
         assert out.shape[1] == inputs["input_ids"].shape[1] + tokens, "a completion ended early"
 
     functions = {"graphs": ours, "eager": ours, "generate": theirs}
-    first, times = (
-        measure({way: functools.partial(function, way, n) for way, function in functions.items()}, arguments.rounds)
-        for n in (1, T)
-    )
+    both = ({way: functools.partial(function, way, n) for way, function in functions.items()} for n in (1, T))
+    first, times = (measure(ways, arguments.rounds) for ways in both)
     head_size, mean = config.hidden_size // config.num_attention_heads, inputs["attention_mask"].sum(1).float().mean()
     position_bytes = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_size  # keys, values; bf16
     weight_bytes = sum(p.numel() * p.element_size() for p in policy.parameters())
@@ -206,10 +203,9 @@ def measure_update(policy, problems, num_samples, completions, arguments, accele
     def step(attention, checkpointing):
         network.gradient_checkpointing_enable({"use_reentrant": False}) if checkpointing else None
         can_share = attention == "flash" or shares_prompts(network, max(map(len, prompts)) + C)
-        budget = arguments.micro_batch, can_share
-        batches = grpo_train.make_micro_batches(prompts, completions, advantages, weights, *budget)
-        values = {name: [] for name in grpo_train.TOKEN_METRICS}
-        how = grpo_train.GRPOConfig(attention=attention)
+        of_rows = completions, advantages, weights
+        batches = grpo_train.make_micro_batches(prompts, *of_rows, arguments.micro_batch, can_share)
+        values, how = {name: [] for name in grpo_train.TOKEN_METRICS}, grpo_train.GRPOConfig(attention=attention)
         grpo_train.update(policy, optimizer, batches, how, None, accelerator, values)
         network.gradient_checkpointing_disable()
 
@@ -221,14 +217,8 @@ def measure_update(policy, problems, num_samples, completions, arguments, accele
         middle = statistics.median(seconds)
         cells = f"{len(rows) * C / middle:,.0f}", f"{flops / middle / rate:.0%}", f"{peak:.1f}"
         table.append([way, median(seconds), *cells])
-    columns = (
-        f"update of {positions:,} positions",
-        "seconds",
-        "completion tokens/s",
-        "share of the matmul rate",
-        "peak GiB",
-    )
-    print_table(columns, table)
+    columns = ["seconds", "completion tokens/s", "share of the matmul rate", "peak GiB"]
+    print_table([f"update of {positions:,} positions", *columns], table)
 
 
 def measure_training(folder, arguments):
@@ -239,8 +229,7 @@ def measure_training(folder, arguments):
         keys += [f"prompts_per_step={arguments.prompts}", f"group_size={arguments.samples}"]
         subprocess.run([sys.executable, "grpo_train.py", *keys], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         events = EventAccumulator(f"{logs}/run").Reload()
-        names = ("step", "rollout", "reward", "update")
-        phases = {name: [e.value for e in events.Scalars(f"time/{name}")][2:] for name in names}
+        phases = {tag: [e.value for e in events.Scalars(f"time/{tag}")][2:] for tag in ("step", "rollout", "update")}
     columns = [f"GRPO step of {Path(folder).name}, {arguments.prompts} x {arguments.samples} completions", "seconds"]
     print_table(columns, [[name, median(seconds)] for name, seconds in phases.items()])
 
@@ -249,14 +238,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a model, for whole GRPO steps")
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a quick try on a CPU")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["0.5B", "1.5B"])
-    parser.add_argument("--rounds", type=int, default=2, help="timed runs per method (%(default)s)")
     arguments = parser.parse_args()
-    arguments.prompts, arguments.samples, arguments.members = 32, 16, 32
-    arguments.new_tokens, arguments.longest, arguments.micro_batch = 256, 128, 32768
-    if arguments.tiny:
-        arguments.sizes, arguments.prompts, arguments.samples, arguments.members = ["tiny"], 2, 4, 2
-        arguments.new_tokens, arguments.longest, arguments.rounds = 4, 12, 1
+    names = "sizes prompts samples members new_tokens longest rounds micro_batch"  # 8,192 positions of 1.5B take 32 GB
+    values = (["tiny"], 2, 4, 2, 4, 12, 1, 512) if arguments.tiny else (["0.5B", "1.5B"], 32, 16, 32, 256, 128, 2, 8192)
+    vars(arguments).update(zip(names.split(), values, strict=True))
     accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
     products, copying = hardware(accelerator.device)
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -276,9 +261,9 @@ def main():
         del model, policy, completions
         torch.cuda.empty_cache()
     measure_training(arguments.model, arguments)
-    file = ROOT / "results" / f"gpu_{re.sub(r'[^A-Za-z0-9]+', '_', name)}.md"
     if not arguments.tiny:
-        file.write_text("\n".join(LINES) + "\n")
+        file = f"gpu_{re.sub(r'[^A-Za-z0-9]+', '_', name)}.md"
+        (ROOT / "results" / file).write_text("\n".join(LINES) + "\n")
 
 
 if __name__ == "__main__":
