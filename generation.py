@@ -97,7 +97,7 @@ class DecodeMemory:
 class PreallocatedLayer(DynamicLayer):
     """A KV cache layer whose steps write to a preallocated buffer, so that a CUDA graph can replay a step.
 
-    Prefill works as in DynamicLayer. Then `batch_repeat_interleave` copies to the buffer, `memory.kv[number]`. After
+    Prefill works as in DynamicLayer. Then `batch_repeat_interleave` copies to the buffers in `memory`. After
     that, each `update` writes to the slot `cursor.slot`, a tensor (1,) on the device, and returns the slots before
     `cursor.end`.
     """
@@ -201,7 +201,7 @@ class DecodeSettings:
     temperature: float = 1.0  # for sampling; without `uniforms`, decoding is greedy
     batch_size: int = 256  # completions decoded at once, at least those of one prompt or block
     cuda_graphs: bool = True  # on a GPU, replay decode steps from CUDA graphs
-    memory: "DecodeMemory" = dataclasses.field(default_factory=lambda: DecodeMemory(), repr=False, compare=False)
+    memory: DecodeMemory = dataclasses.field(default_factory=DecodeMemory, repr=False, compare=False)
 
 
 def generate(model, prompts, settings, num_samples=1, uniforms=None, on_rows=None, block_size=None):
@@ -238,8 +238,8 @@ def generate(model, prompts, settings, num_samples=1, uniforms=None, on_rows=Non
 
 
 def is_cast(parameter):
-    """Return True if autocast casts this weight. Those of an AdapterGroup are packed instead, see grpo_train.py."""
-    return parameter.ndim > 1 and parameter.dtype == torch.float32 and not hasattr(parameter, "is_packed")
+    """Return True if autocast keeps a cast of this weight. Those of an AdapterGroup are packed, see grpo_train.py."""
+    return parameter.requires_grad and parameter.dtype == torch.float32 and not hasattr(parameter, "is_packed")
 
 
 def _lay_out(prompts, shared, max_new_tokens):
@@ -343,7 +343,7 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
         # Drop rows that have ended. Graphs need few sizes: there, halve the batch three times at most, with some ended
         # rows in it.
         size = math.ceil(len(rows) / 2) if has_graphs else num_running
-        if num_running <= size and (B <= 8 * size if has_graphs else size <= 0.75 * len(rows)):
+        if num_running <= size < len(rows) and (B <= 8 * size if has_graphs else size <= 0.75 * len(rows)):
             kept = running.int().argsort(descending=True, stable=True)[:size]
             cache.batch_select_indices(kept)
             for x in (rows, newest, text_state, position, visible):
@@ -469,11 +469,12 @@ def _states_before(network, ids, completion_mask):
 
 def flash_attention(module, query, key, value, attention_mask, scaling, segments, sliding_window=None, **kwargs):
     """Attend within segments, as an attention function of transformers: (1, H, N, D) in, (1, N, H, D) out."""
-    keys, *ends = segments
-    key, value = (x[0].transpose(0, 1).index_select(0, keys) for x in (key, value))
+    (keys, *ends), dtype = segments, value.dtype  # under autocast, rotary queries and keys can be fp32
+    exact = torch.promote_types(dtype, torch.float32)  # the backward pass adds up gradients of all segments
+    key, value = (x[0].transpose(0, 1).to(exact).index_select(0, keys).to(dtype) for x in (key, value))
     window = (sliding_window - 1 if sliding_window else -1, 0)  # causal
     how = {"scale": scaling, "window_size": window, "enable_gqa": True}
-    return varlen.varlen_attn(query[0].transpose(0, 1), key, value, *ends, **how)[None], None
+    return varlen.varlen_attn(query[0].transpose(0, 1).to(dtype), key, value, *ends, **how)[None], None
 
 
 AttentionInterface.register("flash", flash_attention)

@@ -58,7 +58,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 import utils
-from generation import Completions, completion_log_probs, generate, inner_model, shares_prompts
+from generation import LENGTH_BUCKET, Completions, completion_log_probs, generate, inner_model, shares_prompts
 from reward import UserError
 from runs import Run, check_folder, run_identity
 from utils import draw_problems, gather_scores, non_finite, schedule_factor, score_completions, share
@@ -583,23 +583,25 @@ def fit_to_memory(config, policy, longest_prompt, free):
     """Return the config with numbers for `auto` in micro_batch_tokens and generation_batch_size.
 
     They share four fifths of the free bytes, up to the size of a step. A position of the backward pass takes 1.5 times
-    the bytes in the comment of grpo_config.yml.
+    the bytes in the comment of grpo_config.yml; a row has its cache, its logits and the activations of its prefill.
     """
     shape, size = policy.config.get_text_config(), {"float32": 4, "bfloat16": 2}[config.dtype]
+    L, hidden = shape.num_hidden_layers, shape.hidden_size
+    inner = getattr(shape, "intermediate_size", 4 * hidden)
     num_slots, num_rows = longest_prompt + config.max_new_tokens, config.prompts_per_step * config.group_size
-    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    head_dim = getattr(shape, "head_dim", None) or hidden // shape.num_attention_heads
     kv_heads = getattr(shape, "num_key_value_heads", shape.num_attention_heads)
-    per_row = 2 * size * shape.num_hidden_layers * kv_heads * head_dim * num_slots + 12 * shape.vocab_size
-    hidden, intermediate = (44, 8) if size == 2 else (63, 16)
-    if config.gradient_checkpointing:
-        hidden, intermediate = size, 0
-    inner_size = getattr(shape, "intermediate_size", 4 * shape.hidden_size)
-    per_position = 1.5 * shape.num_hidden_layers * (hidden * shape.hidden_size + intermediate * inner_size)
+    cache = 2 * size * L * kv_heads * head_dim * (num_slots + LENGTH_BUCKET + longest_prompt)
+    per_row = cache + 12 * shape.vocab_size + size * longest_prompt * (3 * inner + 2 * hidden)
+    per_layer = 44 * hidden + 8 * inner if size == 2 else 63 * hidden + 16 * inner
+    per_position = 1.5 * (L * size * hidden + per_layer if config.gradient_checkpointing else L * per_layer)
     num_trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
     budget = 0.8 * free - 12 * num_trained - 2**29  # gradient and AdamW's moments; chunks of logits
     rows = min(max(num_rows, config.eval_size), int(0.4 * budget / per_row))
     tokens = min(num_rows * num_slots, int((budget - rows * per_row) / per_position))
-    found = {"generation_batch_size": max(rows, 1), "micro_batch_tokens": max(tokens, 1)}
+    if rows < 1 or tokens < 1:
+        raise UserError(f"micro_batch_tokens: auto: {free / 2**30:.1f} GiB of free GPU memory are too little")
+    found = {"generation_batch_size": rows, "micro_batch_tokens": tokens}
     return config.model_copy(update={key: value for key, value in found.items() if getattr(config, key) == "auto"})
 
 
@@ -609,8 +611,9 @@ def main(config):
     weights_dtype = "float32" if config.lora is None else config.dtype
     setup = utils.set_up(config, weights_dtype, autocast=config.dtype == "bfloat16", temperature=config.temperature)
     on_gpu = setup.accelerator.device.type == "cuda"
-    if config.attention == "flash" and not (on_gpu and config.dtype == "bfloat16"):
-        raise UserError("attention: flash: needs a GPU and dtype: bfloat16")
+    uses_sdpa = inner_model(setup.model).config._attn_implementation == "sdpa"
+    if config.attention == "flash" and not (on_gpu and config.dtype == "bfloat16" and uses_sdpa):
+        raise UserError("attention: flash: needs a GPU, dtype: bfloat16 and a model that supports SDPA attention")
     share(config.prompts_per_step, setup.accelerator)  # raises if there are fewer prompts than processes
     utils.check_chunked_head(setup.model)
     identity = run_identity(config, setup)  # of the model before it gets an adapter

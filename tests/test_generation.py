@@ -397,6 +397,17 @@ def test_graphs_are_captured_again_once_their_memory_has_moved():
     assert first > second > third == 0  # those of the small batch, after the large one has moved its memory
 
 
+def test_a_single_row_is_not_compacted_again_and_again():
+    model, sizes = make_model(), []
+
+    def decode(how):
+        sizes.clear()
+        return generate(model, PROMPTS[:1], how, on_rows=lambda rows: sizes.append(len(rows)), block_size=1)
+
+    assert captured_as_eager(decode)[0].mask.sum() > 3
+    assert sizes == [1, 1]  # prefill and decode steps
+
+
 def test_a_population_of_one_member_and_an_evaluation_of_as_many_rows_have_graphs_of_their_own(model):
     shapes = noise_shapes(dict(model.named_parameters()), "low_rank", 1)
 

@@ -93,7 +93,8 @@ def test_a_run_can_be_stopped_and_resumed(script, overrides, tmp_path, capture):
 def test_shared_prompts_change_neither_log_probs_nor_gradients(dtype, monkeypatch):
     model, results = model_on_gpu(lora=True, dtype=dtype, hidden_size=128), []
     prompts, ones = [prompt for prompt in PROMPTS for _ in range(G)], torch.ones(len(PROMPTS) * G, device="cuda")
-    (batch,) = make_micro_batches(prompts, sample(model), ones, ones, 10**6, True)
+    with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        (batch,) = make_micro_batches(prompts, sample(model), ones, ones, 10**6, True)
     for min_spared in (2.0, -1.0):  # never share, always share
         monkeypatch.setattr(generation, "MIN_SPARED", min_spared)
         with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
