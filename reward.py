@@ -271,8 +271,6 @@ def lenient_correct(text, reference):
 
     A word or choice must be the whole field or last line, or begin the line of the `final_part`.
     """
-    if strict_correct(text, reference):
-        return True
     if reference_value(reference) is not None:
         return same_answer(lenient_answer(text), reference)
     part, kind = final_part(text[-MAX_TEXT_CHARS:])
