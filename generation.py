@@ -97,9 +97,8 @@ class DecodeMemory:
 class PreallocatedLayer(DynamicLayer):
     """A KV cache layer whose steps write to a preallocated buffer, so that a CUDA graph can replay a step.
 
-    Prefill works as in DynamicLayer. Then `batch_repeat_interleave` copies to the buffers in `memory`. After
-    that, each `update` writes to the slot `cursor.slot`, a tensor (1,) on the device, and returns the slots before
-    `cursor.end`.
+    Prefill works as in DynamicLayer. Then `batch_repeat_interleave` copies to the buffers in `memory`. After that, each
+    `update` writes to the slot `cursor.slot`, a tensor (1,) on the device, and returns the slots before `cursor.end`.
     """
 
     def __init__(self, number, memory, cursor):

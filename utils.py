@@ -216,7 +216,7 @@ def run_from_command_line(main, config_class, default_path):
 
 
 def say(text):
-    """Print a line above the progress bar."""
+    """Print a line above the progress bar, if anyone reads the output."""
     with contextlib.suppress(OSError):  # the reader of a pipe may be gone
         tqdm.write(text)
 
