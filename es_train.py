@@ -36,6 +36,7 @@ Elsewhere: decoding (generation.py), rewards (reward.py), checkpoints and logs (
 Shapes: N members, M of them in a batch, K noises (N, or N / 2 with antithetic pairs), P prompts, r rank.
 """
 
+import functools
 import math
 import signal
 from typing import Literal
@@ -210,7 +211,8 @@ class Population:
         shapes: see noise_shapes; generators: M, one per member; scales: (M,) noise scale times the member's sign
         memory: a DecodeMemory, in which the noise has the same addresses in every iteration, for CUDA graphs
         """
-        self.model, self.rows_per_member, self.memory = model, rows_per_member, memory
+        self.model, self.rows_per_member = model, rows_per_member
+        self.keep = functools.partial(memory.keep, device=model.device)
         self.num_rows, self.handles, self.norms = len(generators) * rows_per_member, [], {}
         self.noise = {}  # by parameter, scaled: A^T (M, r, out) and B (M, in, r) of a matrix, (M, d) of a vector
         for name, parameter in model.named_parameters():
@@ -219,14 +221,9 @@ class Population:
                 A, B = noise.split(list(parameter.shape), dim=1)
                 A = A * (scales / math.sqrt(shapes[name][1]))[:, None, None]
                 A, B = A.transpose(1, 2).to(parameter.dtype), B.to(parameter.dtype)
-                self.noise[parameter] = self._keep((name, "A"), A), self._keep((name, "B"), B)
+                self.noise[parameter] = self.keep((name, "A"), A), self.keep((name, "B"), B)
             else:
-                self.noise[parameter] = self._keep(name, noise * scales[:, None])
-
-    def _keep(self, key, x, num_rows=0):
-        """Copy x to memory that stays in place, with room for `num_rows` rows."""
-        room = torch.Size([max(len(x), num_rows), *x.shape[1:]])
-        return self.memory.get(key, room, x.dtype, x.device)[: len(x)].copy_(x)
+                self.noise[parameter] = self.keep(name, noise * scales[:, None])
 
     def __enter__(self):
         """Register the hooks. Return the `on_rows` callback for `generate`."""
@@ -248,7 +245,7 @@ class Population:
 
     def _select(self, rows):
         """Gather the noise of each row in the batch, once and not in every step. rows: (R,)"""
-        self.members, self.of_rows = self._keep("members", rows // self.rows_per_member), {}  # (R,)
+        self.members, self.of_rows = self.keep("members", rows // self.rows_per_member), {}  # (R,)
         for name, parameter in self.model.named_parameters():
             if parameter.ndim == 2:
                 A, B = self.noise[parameter]
@@ -257,13 +254,13 @@ class Population:
                 self.of_rows[parameter] = self._gather((name, "rows"), self.noise[parameter])
         for module, (path, weight) in self.norms.items():
             weights = (weight + self.noise[weight][self.members]).to(weight.dtype)  # (R, d)
-            self.of_rows[module] = self._keep((path, "rows"), weights, self.num_rows)
+            self.of_rows[module] = self.keep((path, "rows"), weights, self.num_rows)
 
     def _gather(self, key, noise):
         """Return noise (M, ...) unchanged if the batch has all rows of all members, else one entry per row (R, ...)."""
         if len(self.members) == self.num_rows:
             return noise
-        return self._keep(key, noise[self.members], self.num_rows // 2 + 1)
+        return self.keep(key, noise[self.members], self.num_rows // 2 + 1)
 
     def _add_to_linear(self, module, inputs, output):
         A, B = self.of_rows[module.weight]  # (M or R, r, out), (M or R, in, r)

@@ -9,6 +9,7 @@ Shapes: P prompts, G completions per prompt, B = P * G rows, T tokens, V vocabul
 """
 
 import dataclasses
+import functools
 import math
 import os
 from types import SimpleNamespace
@@ -77,6 +78,11 @@ class DecodeMemory:
             self.graphs.clear()
             self.tensors[name] = found = torch.empty(shape, dtype=dtype, device=device)
         return found[: shape[0]]
+
+    def keep(self, name, x, num_rows=0, *, device):
+        """Copy x to memory that stays in place, with room for `num_rows` rows."""
+        room = torch.Size([max(len(x), num_rows), *x.shape[1:]])
+        return self.get(name, room, x.dtype, device)[: len(x)].copy_(x)
 
     def run(self, key, step):
         """Run a step. The first one of each key is captured in a CUDA graph, which later ones replay."""
@@ -241,18 +247,40 @@ def is_cast(parameter):
     return parameter.requires_grad and parameter.dtype == torch.float32 and not hasattr(parameter, "is_packed")
 
 
-def _lay_out(prompts, shared, max_new_tokens):
+def _lay_out(prompts, shared, num_slots):
     """Assign cache slots: the `shared` prefix of all prompts, padding, the rest of the prompt, the completion.
 
-    Return prompt ids (P, L), padded to the longest, and attention_mask (P, S). The number of slots S is a multiple of
-    8, since GPUs would otherwise pad the mask in every layer.
+    Return prompt ids (P, L), padded to the longest, and attention_mask (P, num_slots).
     """
     longest = max(map(len, prompts))
     ids = torch.tensor([prompt[:shared] + [0] * (longest - len(prompt)) + prompt[shared:] for prompt in prompts])
     padding = torch.tensor([[longest - len(prompt)] for prompt in prompts])
-    slots = torch.arange(math.ceil((longest + max_new_tokens) / 8) * 8)
+    slots = torch.arange(num_slots)
     attention_mask = (slots < shared) | (slots >= shared + padding)
     return ids, attention_mask
+
+
+def _next_size(num_started, num_rows, num_running, has_graphs):
+    """Return the number of rows that a batch goes on with, of which some may have ended.
+
+    Graphs need few sizes: there, halve the batch three times at most.
+    """
+    size = math.ceil(num_rows / 2) if has_graphs else num_running
+    is_worth_it = num_started <= 8 * size if has_graphs else size <= 0.75 * num_rows
+    return size if num_running <= size and is_worth_it else num_rows
+
+
+def _prefill(forward, select, cache, ids, attention_mask, positions, shared, block_size):
+    """Compute P prompts: their shared prefix once per block, and the rest of each. Return the last logits, (P, V)."""
+    # logits_to_keep is a tensor, since the integer 1 selects a non-contiguous slice, on which lm_head is slow.
+    rows, last = torch.arange(len(ids), device=ids.device), torch.tensor([-1], device=ids.device)
+    if shared:
+        firsts = rows[::block_size]
+        select(firsts)
+        forward(ids[firsts, :shared], None, positions[firsts, :shared], logits_to_keep=last)
+        cache.batch_select_indices(rows // block_size)
+    select(rows)
+    return forward(ids[:, shared:], attention_mask, positions[:, shared:], logits_to_keep=last)
 
 
 def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, block_size, out):
@@ -260,23 +288,19 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
     device, network, P = model.device, inner_model(model), len(part)
     prompts, B, first = prompts[part.start : part.stop], P * num_samples, part.start * num_samples
     kind = uniforms is None, on_rows is None, block_size  # graphs of other kinds compute something else
-    on_rows = on_rows or (lambda prompt_of_row: None)
-    cache, keeps_all = new_cache(network, max(map(len, prompts)) + settings.max_new_tokens)
+    longest = max(map(len, prompts))
+    cache, keeps_all = new_cache(network, longest + settings.max_new_tokens)
     has_mask = keeps_all and network.config._attn_implementation == "sdpa"  # eager attention needs an additive mask
     has_graphs = settings.cuda_graphs and has_mask and device.type == "cuda"
     memory = settings.memory if has_graphs else DecodeMemory()
     shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
     if shared < MIN_SHARED or min(block_size, P) == 1 or not keeps_all:
         shared = 0
-    ids, attention_mask = (x.to(device) for x in _lay_out(prompts, shared, settings.max_new_tokens))
-    longest, num_slots = ids.shape[1], attention_mask.shape[1]
-    memory.num_slots = max(memory.num_slots, num_slots + -num_slots % LENGTH_BUCKET if has_graphs else num_slots)
-    attention_mask = F.pad(attention_mask, (0, memory.num_slots - num_slots), value=True)
+    bucket = LENGTH_BUCKET if has_graphs else 8  # unless it is a multiple of 8, GPUs pad the mask in every layer
+    memory.num_slots = max(memory.num_slots, math.ceil((longest + settings.max_new_tokens) / bucket) * bucket)
+    ids, attention_mask = (x.to(device) for x in _lay_out(prompts, shared, memory.num_slots))
     positions = (attention_mask[:, :longest].cumsum(-1) - 1).clamp(min=0)
-
-    def keep(name, x):
-        return memory.get(name, x.shape, x.dtype, device).copy_(x)
-
+    keep = functools.partial(memory.keep, device=device)
     cursor = SimpleNamespace(slot=keep("slot", torch.tensor([longest])), end=longest)
     if keeps_all:
         cache.layers = [PreallocatedLayer(number, memory, cursor) for number in range(len(cache.layers))]
@@ -285,16 +309,11 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
         options |= {"past_key_values": cache, "use_cache": True}
         return model(input_ids=ids, attention_mask=mask, position_ids=positions, **options).logits[:, -1]
 
-    # Prefill the shared prefix once per block and the rest of each prompt once. Then repeat the cache for the samples.
-    # logits_to_keep is a tensor, since the integer 1 selects a non-contiguous slice, on which lm_head is slow.
-    prompt_of_row, last = torch.arange(P, device=device), torch.tensor([-1], device=device)
-    if shared:
-        firsts = prompt_of_row[::block_size]
-        on_rows(part.start + firsts)
-        forward(ids[firsts, :shared], None, positions[firsts, :shared], logits_to_keep=last)
-        cache.batch_select_indices(prompt_of_row // block_size)
-    on_rows(part.start + prompt_of_row)
-    logits = forward(ids[:, shared:], attention_mask[:, :longest], positions[:, shared:], logits_to_keep=last)
+    def select(prompt_of_row):
+        if on_rows:
+            on_rows(part.start + prompt_of_row)
+
+    logits = _prefill(forward, select, cache, ids, attention_mask[:, :longest], positions, shared, block_size)
     cache.batch_repeat_interleave(num_samples)
     logits = logits.repeat_interleave(num_samples, 0)
 
@@ -307,7 +326,7 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
     newest, text_state = keep("newest", torch.zeros(B, 1, dtype=torch.long)), keep("text_state", torch.zeros_like(rows))
     column, slots = keep("column", torch.zeros(1, dtype=torch.long)), keep("slots", torch.arange(memory.num_slots))
     stop_ids, stop_table = keep("stop_ids", torch.tensor(settings.stop_ids)), settings.stop_table
-    on_rows(part.start + rows // num_samples)
+    select(rows // num_samples)
 
     def append_tokens(logits):
         noise = None if uniforms is None else uniforms[rows, column]
@@ -339,10 +358,8 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
         num_running = int(running.sum())  # the only synchronization with the device in a step
         if num_running == 0:
             break
-        # Drop rows that have ended. Graphs need few sizes: there, halve the batch three times at most, with some ended
-        # rows in it.
-        size = math.ceil(len(rows) / 2) if has_graphs else num_running
-        if num_running <= size < len(rows) and (B <= 8 * size if has_graphs else size <= 0.75 * len(rows)):
+        size = _next_size(B, len(rows), num_running, has_graphs)
+        if size < len(rows):  # drop rows that have ended
             kept = running.int().argsort(descending=True, stable=True)[:size]
             cache.batch_select_indices(kept)
             for x in (rows, newest, text_state, position, visible):
@@ -350,12 +367,9 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
             rows, newest, text_state, position, visible = (
                 x[:size] for x in (rows, newest, text_state, position, visible)
             )
-            on_rows(part.start + rows // num_samples)
+            select(rows // num_samples)
         cursor.end = min(end + -end % LENGTH_BUCKET, memory.num_slots) if has_graphs else end
-        if has_graphs:
-            memory.run((kind, B, len(rows), cursor.end), step)
-        else:
-            step()
+        memory.run((kind, B, len(rows), cursor.end), step) if has_graphs else step()
     for name, x in vars(out).items():
         x[first : first + B] = getattr(completions, name)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import generation
 from es_train import Population, noise_generators, noise_shapes
 from generation import PreallocatedLayer, completion_log_probs, generate, inner_model, sample
-from grpo_train import LoRA, make_micro_batches, make_policy, packed_adapter
+from grpo_train import LoRA, make_micro_batches, make_policy
 from reward import UserError
 from utils import check_chunked_head, completion_texts, fingerprint, stop_table
 
@@ -360,8 +360,9 @@ def test_captured_steps_give_the_tokens_of_the_eager_loop(kind):
 
     def decode(how):
         how.stop_ids = [EOS, *range(7, 10)]
-        with packed_adapter(model) if kind == "lora" else contextlib.nullcontext():
-            return generate(model, PROMPTS, how, G, draws(len(PROMPTS) * G))
+        for group in model.adapter_groups if kind == "lora" else []:
+            group.start_sampling(merge=False)
+        return generate(model, PROMPTS, how, G, draws(len(PROMPTS) * G))
 
     completions, ((captures, replays), *later) = captured_as_eager(decode)
     # Most rows finish early. A smaller batch needs a new capture, and so does a longer cache.

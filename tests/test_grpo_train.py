@@ -218,7 +218,7 @@ def test_number_of_copies_to_the_device_does_not_depend_on_the_number_of_rows():
         completions = Completions(tokens, mask, tokens / 2.0, torch.zeros(rows, dtype=torch.bool))
         with CountOperations() as count:
             batches = grpo_train.make_micro_batches(prompts, completions, *torch.ones(2, rows), 10**6, True)
-            generation._lay_out(prompts, 0, 5)
+            generation._lay_out(prompts, 0, 32)
         assert len(batches) == 1
         counts.append(count.number)
     assert counts[0] == counts[1]
