@@ -1,7 +1,7 @@
 """Everything about a training run except the algorithm: the loop over `run.steps()` trains; Run does the rest.
 
     Run           evaluates, logs and saves when due; stops on a signal; resumes; synchronizes processes
-    folder        log_dir/run_name/{config.yml, identity.json, journal.jsonl (ES), checkpoints/, best/, model/, events}
+    folder        log_dir/run_name/{config.yml, journal.jsonl (ES), checkpoints/, best/, model/, events}
     checkpoints   written atomically, with a checksum per file; damaged ones are reported and skipped
 To add a metric, add it to `metrics` in a script's train(). Elsewhere: the content of a checkpoint (`save_progress` in
 each script), evaluation (utils.evaluate), the algorithms.
@@ -31,7 +31,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from reward import STOP_SIGNALS, UserError, lenient_correct, strict_correct
-from utils import RUN_FILES, config_text, fingerprint, one_line, save_model, say
+from utils import config_text, fingerprint, is_run, one_line, save_model, say
 
 # Keys that may change when a run resumes. The model may have moved, so its weights are compared instead.
 FREE_KEYS = {"model", "cache_dir", "device", "cuda_graphs", "gradient_checkpointing", "micro_batch_tokens"}
@@ -79,6 +79,7 @@ class Run:
     def __init__(self, config, setup, identity, num_steps, step_text, weights, evaluate, save, load, journal=False):
         self.setup, self.accelerator, self.is_main = setup, setup.accelerator, setup.accelerator.is_main_process
         self.num_steps, self.weights, self.evaluate, self.save = num_steps, weights, evaluate, save
+        self.identity = identity
         self.start, self.journal, found = time.perf_counter(), None, None
         if self.is_main:
             self.folder, self.config, self.lock = open_folder(config)
@@ -309,7 +310,7 @@ class Run:
 
     def _commit(self, save):
         """Record the finished step. A killed run resumes after it if there is a journal or `save` is True."""
-        self.state["weights"] = fingerprint(self.weights)
+        self.state |= {"identity": self.identity, "weights": fingerprint(self.weights)}
         if len(set(gather_object([self.state["weights"]]))) > 1:
             raise UserError("the processes have different weights; use devices of the same kind")
         if self.journal:
@@ -461,20 +462,15 @@ def resume_command(folder):
 def check_folder(config):
     """Return the path of the run's folder. Raise UserError if it holds anything but a run that may resume."""
     folder = Path(config.log_dir) / (config.run_name or time.strftime("%Y-%m-%d_%H-%M-%S"))
-    traces = {"lock", "identity.json.partial"}  # a run that is killed while it starts leaves only these
     try:
         existing = next(path for path in [folder, *folder.parents] if path.exists())
-        found = set(os.listdir(existing)) - traces if existing == folder and config.run_name else None
+        found = os.listdir(existing) if existing == folder and config.run_name else []
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise PermissionError(f"{existing} is not a folder that can be written to")
     except (OSError, ValueError) as error:
         raise UserError(f"log_dir: {folder} cannot be created: {one_line(error)}") from None
-    if found and "identity.json" not in found and found & RUN_FILES:
-        raise UserError(f"resume: {folder / 'identity.json'} is missing, so that the run cannot resume")
-    if found and ("identity.json" not in found or config.resume != "auto"):
+    if found and not (is_run(folder) and config.resume == "auto"):
         raise UserError(f"run_name: {folder} already exists; choose another name or delete it")
-    if found:
-        read_json(folder / "identity.json")
     return folder
 
 
@@ -524,32 +520,29 @@ def find_progress(folder, identity, journal):
 
     Return ({}, None, []) if nothing is saved yet. Raise UserError if the folder holds a run with another `identity`.
     """
-    states, file = read_journal(folder / "journal.jsonl"), folder / "identity.json"
-    theirs = read_json(file) if file.is_file() else identity
-    is_new = not states and not checkpoint_folders(folder)  # such a run may start again with other keys
-    if identity["problems"] == theirs.get("problems"):  # their files may have moved
-        theirs |= {key: identity[key] for key in ("dataset", "dataset_args") if key in theirs}
-    for key in ["script"] if is_new else identity | theirs:
-        ours, other = identity.get(key), theirs.get(key)
-        if ours != other:
-            started = f"with {other!r}" if key in theirs else "without this key"
+    states = read_journal(folder / "journal.jsonl")
+    path, saved = newest_checkpoint(folder, len(states) - 1 if states else math.inf)
+    state = states[-1] if states else saved
+    if state:
+        check_identity(folder, identity, state.get("identity", {}))
+    if path and journal and not states:
+        raise UserError(f"resume: {folder / 'journal.jsonl'} is empty or missing, but the run has checkpoints")
+    if not state and checkpoint_folders(folder):
+        raise UserError(f"resume: {folder / 'checkpoints'} has no undamaged checkpoint")
+    check_model(folder, state.get("step", -1))
+    return state, path, states[saved.get("step", 0) + 1 :]
+
+
+def check_identity(folder, ours, theirs):
+    """Raise UserError for the first key in which the identities of the config and of the run in the folder differ."""
+    if ours["problems"] == theirs.get("problems"):  # their files may have moved
+        theirs = theirs | {key: ours[key] for key in ("dataset", "dataset_args") if key in theirs}
+    for key in ours | theirs:
+        if ours.get(key) != theirs.get(key):
+            started = f"with {theirs[key]!r}" if key in theirs else "without this key"
             can_train_on = key.startswith("num_") and (folder / "model").is_dir()
             advice = "use another run_name" + f" and model={folder / 'model'} to train on" * can_train_on
-            raise UserError(f"resume: {folder}: {key}: {ours!r}: the run was started {started}; {advice}")
-    if is_new:
-        check_model(folder, -1)
-        if file.is_file():
-            say(f"resume: {folder} has no saved steps; starting from step 0")
-        write_file(file, json.dumps(identity))
-        return {}, None, []
-    if journal and not states:
-        raise UserError(f"resume: {folder / 'journal.jsonl'} is empty or missing, but the run has checkpoints")
-    checkpoint = newest_checkpoint(folder, len(states) - 1 if journal else math.inf)
-    if not states and not checkpoint:
-        raise UserError(f"resume: {folder / 'checkpoints'} has no undamaged checkpoint")
-    path, state = checkpoint or (None, {"step": 0})
-    check_model(folder, (states[-1] if states else state)["step"])
-    return states[-1] if states else state, path, states[state["step"] + 1 :]
+            raise UserError(f"resume: {folder}: {key}: {ours.get(key)!r}: the run was started {started}; {advice}")
 
 
 def check_model(folder, step):
@@ -562,17 +555,6 @@ def check_model(folder, step):
         if saved > step:
             lost = f"the run's state after step {max(step, 0)} is lost"
             raise UserError(f"resume: {folder / 'model'} is complete, but {lost}; move it away to train again")
-
-
-def read_json(path):
-    """Return the object in a JSON file of the run."""
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError):
-        values = None
-    if not isinstance(values, dict):
-        raise UserError(f"resume: {path} is damaged")
-    return values
 
 
 def write_file(path, text):
@@ -640,14 +622,14 @@ def read_state(path):
 
 
 def newest_checkpoint(folder, last_step=math.inf):
-    """Return (path, state) of the newest undamaged checkpoint up to `last_step`, or None. Report damaged ones."""
+    """Return (path, state) of the newest undamaged checkpoint up to `last_step`, or (None, {}). Report damaged ones."""
     for step, path in checkpoint_folders(folder).items():
         if step <= last_step:
             try:
                 return path, read_state(path)
             except UserError as error:
                 say(f"resume: {error}; trying the previous checkpoint")
-    return None
+    return None, {}
 
 
 def read_journal(path):

@@ -59,7 +59,6 @@ warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is depreca
 
 
 HERE = Path(__file__).parent
-RUN_FILES = {"identity.json", "checkpoints", "journal.jsonl"}  # a folder with one of these is a run
 for kind in (yaml.SafeLoader, yaml.SafeDumper):  # PyYAML takes 1e-5 for text
     number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
     kind.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
@@ -69,6 +68,10 @@ def beside_script(path):
     """Return a path that exists where the user is, else in this folder, else unchanged."""
     path = os.path.expanduser(path)
     return path if os.path.exists(path) or not (HERE / path).exists() else str(HERE / path)
+
+
+def is_run(folder):
+    return any((Path(folder) / name).exists() for name in ("lock", "checkpoints", "journal.jsonl"))
 
 
 class Config(BaseModel):
@@ -137,7 +140,7 @@ def load_config(config_class, path, overrides=()):
     try:
         values = yaml.safe_load(Path(path).read_text("utf-8-sig"))
         values = {} if values is None else values
-        if any((folder / name).exists() for name in RUN_FILES):
+        if is_run(folder):
             values |= {"log_dir": str(folder.parent), "run_name": folder.name}
         for override in overrides:
             source = f"command line: {override}"
@@ -330,7 +333,7 @@ def load_model(name, dtype, device, cache_dir=None):
     name = beside_script(name)
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).is_dir():  # misspelled: do not query the hub
         raise UserError(f"model: {name!r}: no such folder; a name on the hub has the form owner/model")
-    if (Path(name) / "identity.json").exists():
+    if is_run(name):
         raise UserError(f"model: {name!r} is a run; its model is {Path(name) / 'model'}")
     options = {"dtype": getattr(torch, dtype), "cache_dir": cache_dir, "output_loading_info": True}
     source = f"model: {name!r}: "

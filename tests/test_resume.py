@@ -112,10 +112,8 @@ def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, capsys, 
             assert sum(state["z"]) == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("moment", [pytest.param(m, marks=[] if m in (3, 5) else pytest.mark.slow) for m in range(9)])
-def test_run_that_dies_between_logging_and_saving_logs_no_step_twice(
-    tmp_path, capsys, monkeypatch, script, finished, moment
-):
+@pytest.mark.parametrize("moment", [pytest.param(m, marks=[] if m in (2, 4) else pytest.mark.slow) for m in range(8)])
+def test_run_that_dies_between_logging_and_saving_logs_no_step_twice(tmp_path, monkeypatch, script, finished, moment):
     """Die in the `moment`-th call that writes to disk."""
     folder, calls, run = tmp_path / "run", itertools.count(), runs.Run
 
@@ -130,13 +128,9 @@ def test_run_that_dies_between_logging_and_saving_logs_no_step_twice(
     for owner, name in [(runs, "save_checkpoint"), (runs, "write_file"), (run, "_write_scalars"), (run, "_commit")]:
         monkeypatch.setattr(owner, name, dies(getattr(owner, name)))
     with pytest.raises(KeyboardInterrupt):
-        script.train(folder, f"seed={int(moment == 3)}")
+        script.train(folder, f"seed={int(moment == 2)}")  # then nothing is saved yet, and keys may change
     monkeypatch.undo()
-    if moment == 3:  # nothing is saved yet: keys may change, but not the script
-        with pytest.raises(UserError, match="run: script: '.*': the run was started with '"):
-            SCRIPTS["es" if script.key == "grpo" else "grpo"].train(folder)
     script.train(folder)
-    assert moment != 3 or "has no saved steps; starting from step 0" in capsys.readouterr().out
     assert_same_run(folder, finished[script.key])
 
 
@@ -240,12 +234,10 @@ def test_a_run_whose_problems_moved_resumes_with_their_new_path_but_not_with_oth
 # Damage
 
 
-@pytest.mark.parametrize("lost", ["checkpoints", "newest", "journal", "identity", "evaluation"])
+@pytest.mark.parametrize("lost", ["checkpoints", "newest", "journal", "evaluation"])
 def test_finished_model_is_never_overwritten_after_its_state_is_lost(tmp_path, script, finished, lost):
     folder = shutil.copytree(finished[script.key], tmp_path / "run")
-    if lost == "identity":
-        (folder / "identity.json").write_text("{")
-    elif lost == "journal":
+    if lost == "journal":
         (folder / "journal.jsonl").unlink(missing_ok=True)
     elif lost == "evaluation":  # and all of the state, so that nothing tells which step the model is of
         (folder / "model" / "evaluation.json").write_text("{}")
@@ -424,8 +416,7 @@ def test_run_killed_again_and_again_ends_as_an_uninterrupted_one(tmp_path, scrip
         process.process.kill()
         assert process.wait() in (-signal.SIGKILL, 0)  # 1 would be an error
         done.append(work_done(script, folder))
-        found = newest_checkpoint(folder) if folder.exists() else None
-        assert bool(found) == bool(checkpoint_folders(folder))  # no kill damages a checkpoint
+        assert bool(newest_checkpoint(folder)[0]) == bool(checkpoint_folders(folder))  # no kill damages a checkpoint
     assert done == sorted(done) and len(set(done)) > num_kills // 6, done  # no kill loses finished steps
     process = Process(script, folder, *overrides)
     assert process.wait() == 0, process.err
