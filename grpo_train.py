@@ -211,42 +211,51 @@ class AdapterGroup:
     """
 
     def __init__(self, layers):
-        self.layers, self.input, self.packed, self.is_sampling = layers, None, None, False
+        self.layers, self.input, self.packed, self.is_sampling, self.originals = layers, None, None, False, {}
         for layer in layers:
             layer.forward = functools.partial(self.forward, layer)
             layer.lora_A["default"].weight.is_packed = layer.lora_B["default"].weight.is_packed = True
 
     def weights(self, name):
-        """Return the A of all layers as one matrix (sum of r, in), and {layer: its B}, (out, r)."""
+        """Return the A of all layers as one matrix (sum of r, in), and the B of each, (out, r)."""
         A = [layer.lora_A[name].weight for layer in self.layers]
-        return torch.cat(A) if len(A) > 1 else A[0], {layer: layer.lora_B[name].weight for layer in self.layers}
+        return torch.cat(A) if len(A) > 1 else A[0], [layer.lora_B[name].weight for layer in self.layers]
 
     @torch.no_grad()
-    def pack(self):
-        """Copy the weights to fixed addresses in the base model's dtype, so that a sampling step need not cast them."""
-        A, B = self.weights("default")
-        if self.packed is None:
-            dtype = self.layers[0].weight.dtype
-            self.packed = (
-                torch.empty_like(A, dtype=dtype),
-                {layer: torch.empty_like(B[layer], dtype=dtype) for layer in B},
-            )
-        self.packed[0].copy_(A)
-        for layer, packed in self.packed[1].items():
-            packed.copy_(B[layer])
+    def start_sampling(self, merge):
+        """Merge the adapters into copies of W, or copy them to fixed addresses in W's dtype to save casts."""
+        for layer in self.layers if merge else []:
+            base = layer.base_layer
+            self.originals[base] = base.weight
+            merged = base.weight + layer.get_delta_weight("default")
+            base.weight = torch.nn.Parameter(merged, requires_grad=False)
+        if not merge:
+            A, B = self.weights("default")
+            if self.packed is None:
+                dtype = self.layers[0].weight.dtype
+                self.packed = torch.empty_like(A, dtype=dtype), [torch.empty_like(x, dtype=dtype) for x in B]
+            for packed, x in zip([self.packed[0], *self.packed[1]], [A, *B], strict=True):
+                packed.copy_(x)
+            self.is_sampling = True
+
+    def stop_sampling(self):
+        for base, weight in self.originals.items():
+            base.weight = weight
+        self.originals, self.is_sampling = {}, False
 
     def forward(self, layer, x):
         y = layer.base_layer(x)
-        if layer.merged or layer.disable_adapters:
+        if self.originals or layer.disable_adapters:
             return y
         (name,) = layer.active_adapters
         A, B = self.packed if self.is_sampling else self.weights(name)
         if self.input is not x:  # the first of the layers: compute A x for all
             self.input, sizes = x, [layer.r[name] for layer in self.layers]
-            self.inner = dict(zip(self.layers, F.linear(x, A).split(sizes, -1), strict=True))
-        inner = self.inner.pop(layer)  # (..., r)
+            inner = F.linear(x, A).split(sizes, -1)
+            self.inner = {layer: pair for layer, *pair in zip(self.layers, inner, B, strict=True)}
+        inner, B = self.inner.pop(layer)  # (..., r), (out, r)
         self.input = x if self.inner else None
-        return torch.addmm(y.flatten(0, -2), inner.flatten(0, -2), B[layer].T, alpha=layer.scaling[name]).view_as(y)
+        return torch.addmm(y.flatten(0, -2), inner.flatten(0, -2), B.T, alpha=layer.scaling[name]).view_as(y)
 
 
 @torch.no_grad()
@@ -270,39 +279,16 @@ def group_adapters(model):
 def sampling_adapter(model):
     """Prepare the adapter for sampling: the same policy in fewer operations.
 
-    In fp32 on a CPU, merge it into the weights; in bf16, rounding the sum would change the policy. Adapters with
-    `lora_bias` are not merged, because PEFT cannot merge all of them.
+    In fp32 on a CPU, merge it into the weights; in bf16, rounding the sum would change the policy.
     """
-    is_fp32_on_cpu = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
-    can_merge = is_fp32_on_cpu and isinstance(model, PeftModel) and not model.peft_config["default"].lora_bias
-    with merged_adapter(model) if can_merge else packed_adapter(model):
-        yield
-
-
-@contextlib.contextmanager
-def packed_adapter(model):
-    for group in model.adapter_groups:
-        group.pack()
-        group.is_sampling = True
+    merge = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
     try:
+        for group in model.adapter_groups:
+            group.start_sampling(merge)
         yield
     finally:
         for group in model.adapter_groups:
-            group.is_sampling = False
-
-
-@contextlib.contextmanager
-def merged_adapter(model):
-    originals = {layer: layer.weight for name, layer in model.named_modules() if name.endswith(".base_layer")}
-    try:
-        for layer, weight in originals.items():
-            layer.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
-        model.merge_adapter(["default"])
-        yield
-    finally:
-        model.unmerge_adapter()
-        for layer, weight in originals.items():
-            layer.weight = weight
+            group.stop_sampling()
 
 
 @contextlib.contextmanager
