@@ -1,10 +1,10 @@
-"""Datasets of problems. Each item is a dict with a "prompt" and the reference "answer", both text.
+"""Datasets: lists of problems. Each problem is a dict with a "prompt" and the reference "answer", both text.
 
     MathExprDataset   generated from a seed: integer expressions to evaluate, products of polynomials to expand
     GSM8KDataset      grade-school word problems, Cobbe et al. 2021, arXiv:2110.14168
     JSONLDataset      your own problems, one JSON object per line
-To add a dataset, write a class and add it to DATASETS. `dataset_args` in the config are its arguments; pydantic checks
-their types. Elsewhere: prompts (utils.py) and the scoring of answers (reward.py).
+To add a dataset, write such a class of list and add it to DATASETS. `dataset_args` in the config are its arguments;
+pydantic checks their types. Elsewhere: prompts (utils.py) and the scoring of answers (reward.py).
 """
 
 import hashlib
@@ -19,7 +19,6 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, PositiveInt, validate_call
-from torch.utils import data
 
 from reward import UserError
 
@@ -120,17 +119,7 @@ def product_text(left, right, tail):
     return f"{text}+{polynomial_text(tail)}".replace("+-", "-") if tail else text
 
 
-class Problems(data.Dataset):
-    """A list of items. Subclasses create it."""
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        return self.items[index]
-
-
-class MathExprDataset(Problems):
+class MathExprDataset(list):
     """Arithmetic of two kinds: "evaluate" integer expressions, "expand" products of polynomials and collect like terms.
 
     Items depend only on the arguments. A hash of the expression's text, never the seed, decides its split, so that
@@ -178,15 +167,7 @@ class MathExprDataset(Problems):
             forms = range(1, max_operators + 1) if kind == "evaluate" else [(1, 0), (1, 1), (2, 0)]
             found = self.collect(kind, forms, math.ceil(size / len(kinds) / len(forms)), seed)
             kinds_in_turn.append(itertools.cycle([self.worded(kind, expressions) for expressions in found]))
-        self.items = [next(next(forms)) for forms in itertools.islice(itertools.cycle(kinds_in_turn), size)]
-
-    @staticmethod
-    def form(kind, structure):
-        """Return the number of operators to evaluate, or the numbers of terms in left factor and tail to expand."""
-        if kind == "evaluate":
-            return len(expression_steps(structure)[1])
-        left, _, tail = structure
-        return sum(map(bool, left)), sum(map(bool, tail))
+        self.extend(next(next(forms)) for forms in itertools.islice(itertools.cycle(kinds_in_turn), size))
 
     def worded(self, kind, expressions):
         """Yield items forever, all expressions once in each turn. The wordings rotate."""
@@ -199,8 +180,8 @@ class MathExprDataset(Problems):
         rng = random.Random(f"{self.split} {seed} {kind}")
         found, num_idle = {form: {} for form in forms}, 0
         while num_idle < self.PATIENCE and any(len(expressions) < count for expressions in found.values()):
-            text, answer, structure = self.draw(rng, kind)
-            expressions, num_idle = found[self.form(kind, structure)] if text else {}, num_idle + 1
+            text, answer, form, _ = self.draw(rng, kind)
+            expressions, num_idle = found.get(form, {}), num_idle + 1
             if text and text not in expressions and len(expressions) < count:
                 expressions[text], num_idle = answer, 0
         missing = [form for form, expressions in found.items() if not expressions]
@@ -210,22 +191,26 @@ class MathExprDataset(Problems):
         return list(found.values())
 
     def draw(self, rng, kind):
-        """Draw one (text, answer, structure), or (None, None, None) if it violates a limit or is in the other split."""
+        """Draw (text, answer, form, structure), or four times None if it violates a limit or is in the other split.
+
+        form: the number of operators to evaluate, or the numbers of terms in left factor and tail to expand
+        """
         if kind == "evaluate":
             structure = random_expression(rng, rng.randint(1, self.max_operators), self.max_integer)
             value, steps = expression_steps(structure)
             if max(abs(result) for *_, result in steps) > self.max_value:
-                return None, None, None
-            text, answer = expression_text(structure), str(value)
+                return [None] * 4
+            text, answer, form = expression_text(structure), str(value), len(steps)
         else:
             structure = left, right, tail = random_product(rng, self.max_coefficient)
             text, answer = product_text(*structure), polynomial_text(add(multiply(left, right), tail))
+            form = sum(map(bool, left)), sum(map(bool, tail))
         if (zlib.crc32(text.encode()) % 10 == 0) != (self.split == "test"):
-            return None, None, None
-        return text, answer, structure
+            return [None] * 4
+        return text, answer, form, structure
 
 
-class GSM8KDataset(Problems):
+class GSM8KDataset(list):
     """The 7,473 training or 1,319 test problems of GSM8K; the answer is the number after "####".
 
     path: a folder with the published train.jsonl and test.jsonl. If None, the files are downloaded once to torch.hub's
@@ -241,13 +226,12 @@ class GSM8KDataset(Problems):
     @validate_call
     def __init__(self, split: Split, path: str | None = None):
         file = Path(path).expanduser() / f"{split}.jsonl" if path else self.download(split)
-        self.items = []
         for number, row in read_jsonl(file):
             question, (_, marker, answer) = row.get("question"), str(row.get("answer")).rpartition("####")
             if not question or not marker or not answer.strip():
                 expected = 'expected "question" and an "answer" that ends in "#### number"'
                 raise UserError(f"{file}, line {number}: {expected}")
-            self.items.append({"prompt": question, "answer": answer.strip()})
+            self.append({"prompt": question, "answer": answer.strip()})
 
     @classmethod
     def download(cls, split):
@@ -265,7 +249,7 @@ class GSM8KDataset(Problems):
         return file
 
 
-class JSONLDataset(Problems):
+class JSONLDataset(list):
     """Your own problems, one JSON object per line: "prompt" is text, "answer" is text or a number. Reward functions
     receive all other keys.
 
@@ -280,7 +264,6 @@ class JSONLDataset(Problems):
         if path.name == "train.jsonl" and not test_path.is_file():
             test_path = path.with_name("test.jsonl")
         file = test_path if split == "test" and test_path.is_file() else path
-        self.items = []
         for number, row in read_jsonl(file):
             if type(row.get("answer")) in (int, float):
                 row["answer"] = str(row["answer"])
@@ -290,15 +273,15 @@ class JSONLDataset(Problems):
                     raise UserError(f'{file}, line {number}: "{key}" {textwrap.shorten(found, 300)}')
             if row.keys() & {"prompts", "completions"}:  # names of other arguments of reward functions
                 raise UserError(f"{file}, line {number}: prompts and completions are reserved names")
-            if self.items and row.keys() != self.items[0].keys():
-                raise UserError(f"{file}, line {number}: keys {sorted(row)}, but line 1 has {sorted(self.items[0])}")
-            self.items.append(row)
+            if self and row.keys() != self[0].keys():
+                raise UserError(f"{file}, line {number}: keys {sorted(row)}, but line 1 has {sorted(self[0])}")
+            self.append(row)
         if not test_path.is_file():
-            order = range(len(self.items))
+            order = range(len(self))
             held_out = random.Random(0).sample(order, len(order) // 10)  # in random order, for a smaller eval_size
             kept = held_out if split == "test" else sorted(set(order) - set(held_out))
-            self.items = [self.items[i] for i in kept]
-        if not self.items:
+            self[:] = [self[i] for i in kept]
+        if not self:
             raise UserError(f"{file} has no {split} problems; without {test_path.name}, a tenth is held out")
 
 

@@ -52,7 +52,7 @@ def test_corpus_has_the_system_prompt_of_the_config_and_no_test_problem():
 def test_corpus_solutions_are_right_when_worked_and_wrong_when_sloppy(kind):
     rng, difficulty, right = random.Random(0), MathExprDataset("train", size=1), dict.fromkeys(pretrain.STYLES, 0)
     drawn = [problem for problem in (difficulty.draw(rng, kind) for _ in range(300)) if problem[0] is not None]
-    for _, answer, structure in drawn:
+    for _, answer, _, structure in drawn:
         for style in pretrain.STYLES:
             solution = pretrain.write_solution(rng, kind, structure, style)
             right[style] += strict_correct(solution, answer)

@@ -171,7 +171,7 @@ def corpus(rng, tokenizer):
     difficulty = MathExprDataset("train", size=1)
     while True:
         kind = rng.choice(list(MathExprDataset.WORDINGS))
-        text, _, structure = difficulty.draw(rng, kind)
+        text, _, _, structure = difficulty.draw(rng, kind)
         if text is None:
             continue
         wording = rng.randrange(4)
