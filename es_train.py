@@ -1,8 +1,8 @@
 """ES: evolution strategies on all parameters of a language model, with verifiable rewards and forward passes only.
 
 Qiu et al. 2025, "Evolution Strategies at Scale", arXiv:2509.24372, algorithm 2, after Salimans et al. 2017,
-arXiv:1703.03864. In each iteration, each of N population members perturbs the weights theta and answers the same
-prompts greedily. Its mean reward R_n measures how much its noise helps:
+arXiv:1703.03864. In each step (iteration in the papers), each of N population members perturbs the weights theta
+and answers the same prompts greedily. Its mean reward R_n measures how much its noise helps:
 
     R_n   = mean reward of the model with weights theta + noise_scale * noise_n       noise_n ~ N(0, I)
     z_n   = (R_n - mean(R)) / std(R)
@@ -60,8 +60,8 @@ from utils import draw_problems, gather_scores, non_finite, schedule_factor, sco
 
 class ESConfig(utils.RunConfig):
     # Population
-    num_iterations: NonNegativeInt = 60
-    prompts_per_iteration: PositiveInt = 16
+    num_steps: NonNegativeInt = 60
+    prompts_per_step: PositiveInt = 16
     population_size: int = Field(32, ge=2)  # z-scores compare members
     perturbation: Literal["low_rank", "gaussian"] = "low_rank"
     rank: PositiveInt = 1
@@ -122,9 +122,9 @@ def noise_shapes(parameters, perturbation, rank):
     }
 
 
-def noise_generators(seed, iteration, noises, num_noises, device):
-    """Return a generator for each of the given noises of an iteration. Each draws all parameters, in order."""
-    return [utils.seeded_generator(seed, "noise", iteration * num_noises + noise, device) for noise in noises]
+def noise_generators(seed, step, noises, num_noises, device):
+    """Return a generator for each of the given noises of a step. Each draws all parameters, in order."""
+    return [utils.seeded_generator(seed, "noise", step * num_noises + noise, device) for noise in noises]
 
 
 def draw(shape, generator):
@@ -209,7 +209,7 @@ class Population:
         """Draw the noise of M members. Rows are ordered by member, `rows_per_member` each.
 
         shapes: see noise_shapes; generators: M, one per member; scales: (M,) noise scale times the member's sign
-        memory: a DecodeMemory, in which the noise has the same addresses in every iteration, for CUDA graphs
+        memory: a DecodeMemory, in which the noise has the same addresses in every step, for CUDA graphs
         """
         self.model, self.rows_per_member = model, rows_per_member
         self.keep = functools.partial(memory.keep, device=model.device)
@@ -340,12 +340,12 @@ def load_progress(path, states, setup, master, shapes, config):
 def train(config, setup, run, master, shapes):
     """Run the paper's algorithm. master: {name: fp32 tensor}, theta; shapes: see `noise_shapes`"""
     model, accelerator = setup.model, setup.accelerator
-    N, P = config.population_size, config.prompts_per_iteration
+    N, P = config.population_size, config.prompts_per_step
     members = range(N)[share(N, accelerator)]  # the members of this process
     members_at_once = config.population_batch if config.perturbation == "low_rank" else 1
     for step in run.steps():
-        noise_scale = config.noise_scale * schedule_factor(config.noise_schedule, step, config.num_iterations)
-        learning_rate = config.learning_rate * schedule_factor(config.lr_schedule, step, config.num_iterations)
+        noise_scale = config.noise_scale * schedule_factor(config.noise_schedule, step, config.num_steps)
+        learning_rate = config.learning_rate * schedule_factor(config.lr_schedule, step, config.num_steps)
 
         # 1. Draw P prompts, the same for all members.
         problems = draw_problems(setup.train_set, run.state["prompts"], P, config.seed)
@@ -389,7 +389,7 @@ def train(config, setup, run, master, shapes):
 
 def main(config):
     check_folder(config)
-    N, P = config.population_size, config.prompts_per_iteration
+    N, P = config.population_size, config.prompts_per_step
     setup = utils.set_up(config, config.dtype, batch_size=config.population_batch * P)
     share(N, setup.accelerator)  # raises if there are fewer members than processes
     if isinstance(setup.model, PeftModel):
@@ -405,7 +405,6 @@ def main(config):
         config,
         setup,
         run_identity(config, setup) | device,
-        num_steps=config.num_iterations,
         step_text=f"{N} members x {P} prompts = {N * P:,} completions, {config.perturbation} noise",
         weights=master,
         evaluate=lambda: utils.evaluate(setup),

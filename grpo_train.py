@@ -625,7 +625,6 @@ def main(config):
         config,
         setup,
         identity,
-        num_steps=config.num_steps,
         step_text=f"{config.prompts_per_step} prompts x {config.group_size} completions",
         weights=trained,
         evaluate=evaluate,

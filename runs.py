@@ -76,9 +76,9 @@ class Run:
     journal: append the state after every step to journal.jsonl, so that no finished step is lost
     """
 
-    def __init__(self, config, setup, identity, num_steps, step_text, weights, evaluate, save, load, journal=False):
+    def __init__(self, config, setup, identity, step_text, weights, evaluate, save, load, journal=False):
         self.setup, self.accelerator, self.is_main = setup, setup.accelerator, setup.accelerator.is_main_process
-        self.num_steps, self.weights, self.evaluate, self.save = num_steps, weights, evaluate, save
+        self.num_steps, self.weights, self.evaluate, self.save = config.num_steps, weights, evaluate, save
         self.identity = identity
         self.start, self.journal, found = time.perf_counter(), None, None
         if self.is_main:
@@ -86,8 +86,8 @@ class Run:
             found = self.folder, self.config, *find_progress(self.folder, identity, journal)
         self.folder, self.config, self.state, path, states = broadcast_object_list([found])[0]
         done = self.state.get("step", 0)
-        if done > num_steps:
-            raise UserError(f"resume: {self.folder}: {done} steps are done, more than the {num_steps} of the config")
+        if done > self.num_steps:
+            raise UserError(f"resume: {self.folder}: {done} steps are done, more than num_steps, {self.num_steps}")
         if self.state:
             load(path, states)
         if self.state and fingerprint(weights) != self.state["weights"]:
@@ -96,7 +96,7 @@ class Run:
             raise UserError(f"resume: {source} does not restore the weights of step {done}: {reason}")
         self.saved_step = done if path and not states else None
         disable = None if self.is_main else True  # None: unless stderr is a terminal
-        self.progress = tqdm(total=num_steps, initial=done, disable=disable, bar_format=BAR, dynamic_ncols=True)
+        self.progress = tqdm(total=self.num_steps, initial=done, disable=disable, bar_format=BAR, dynamic_ncols=True)
         if self.is_main:
             write_file(self.folder / "config.yml", config_text(self.config))  # --config with this file resumes the run
             if journal:
@@ -121,7 +121,8 @@ class Run:
         self.by_tokens = SummaryWriter(self.folder / "by_tokens", purge_step=last_thousand + 1, flush_secs=10**9)
         values = self.config.model_dump()
         values = {key: v if isinstance(v, (int, float, str)) else json.dumps(v) for key, v in values.items()}
-        self.tensorboard.file_writer.add_summary(hparams(values, {})[1])
+        for part in hparams(values, {"eval/strict_accuracy": 0.0})[:2]:  # the metric of HPARAMS, and the settings
+            self.tensorboard.file_writer.add_summary(part)
         self.tensorboard.add_text("config", f"<pre>{html.escape(config_text(self.config))}</pre>", 0)
 
     def _print_banner(self, step_text):
@@ -298,8 +299,19 @@ class Run:
         return best - now > 1.96 * math.sqrt(variance)
 
     def _save_model(self, folder, result):
+        """Save the model with the result of its evaluation, and a README instead of PEFT's empty one."""
+        config, num_problems = self.config, len(self.setup.test_set)
+        accuracy = f"strict {result['strict']:.1%}, lenient {result['lenient']:.1%}"
+        card = [
+            f"# {config.run_name}, step {result['step']}",
+            f"- Base model: {config.model}",
+            f"- Task: {config.dataset} {json.dumps(config.dataset_args)}",
+            f"- Accuracy on {num_problems} held-out problems, greedy decoding: {accuracy}",
+            f"- Command: {resume_command(self.folder)}",
+        ]
         with whole_folder(folder) as partial:
             save_model(self.setup.model, self.setup.tokenizer, partial)
+            (partial / "README.md").write_text("\n".join(card) + "\n")
             (partial / EVALUATION).write_text(json.dumps(result))
 
     def _write_scalars(self, metrics, step):
@@ -503,7 +515,7 @@ def run_identity(config, setup):
     """Return {key: value} of the config, problems and model that must not change when a run resumes."""
     values = {key: value for key, value in config.model_dump().items() if key not in FREE_KEYS}
     if all(value == "constant" for key, value in values.items() if key.endswith("_schedule")):
-        values = {key: value for key, value in values.items() if key not in ("num_steps", "num_iterations")}
+        del values["num_steps"]
     problems = json.dumps(
         [[p.ids, p.item] for p in setup.train_set + setup.test_set], default=lambda x: type(x).__name__
     )

@@ -29,7 +29,7 @@ parser.add_argument("overrides", nargs="*", metavar="key=value", help="config ke
 arguments = parser.parse_intermixed_args()
 config, num_steps = Path(arguments.config).resolve(), arguments.steps
 script = "es_train.py" if config.name.startswith("es_") else "grpo_train.py"
-length = [f"num_iterations={num_steps}"] if script == "es_train.py" else [f"num_steps={num_steps}", "warmup_steps=0"]
+length = [f"num_steps={num_steps}"] + ["warmup_steps=0"] * (script == "grpo_train.py")
 values = {checkout: {name: [] for name in TAGS} for checkout in (arguments.other.resolve(), ROOT)}
 with tempfile.TemporaryDirectory() as logs:
     for seed in range(arguments.rounds):

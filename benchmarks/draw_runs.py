@@ -10,7 +10,7 @@ range. Time is `progress/seconds`, which excludes startup and evaluation. result
         python grpo_train.py seed=$seed eval_every=5 log_dir=LOGS run_name=grpo-$seed
         python es_train.py seed=$seed eval_every=5 log_dir=LOGS run_name=low_rank-$seed
         python es_train.py seed=$seed eval_every=5 log_dir=LOGS run_name=gaussian-$seed perturbation=gaussian \
-            num_iterations=40
+            num_steps=40
     done
 """
 

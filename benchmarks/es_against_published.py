@@ -4,7 +4,7 @@
     python benchmarks/es_against_published.py --curves                    # also accuracy over training time
     python benchmarks/es_against_published.py --rounds 1 --curves 2       # a quick try
     python benchmarks/es_against_published.py --config recipes/es_math_expr_smollm2.yml model=FOLDER \
-        population_size=16 prompts_per_iteration=8 population_batch=16    # a real model
+        population_size=16 prompts_per_step=8 population_batch=16    # a real model
 
 `Published` follows countdown/es_fine-tuning_countdown.py of github.com/VsonicV/es-fine-tuning-paper. For each member,
 it adds noise to the weights in place, calls `model.generate` on all prompts in one batch, and subtracts the noise. Then
@@ -62,7 +62,7 @@ class Published:
     def take_step(self, step):
         """Make one step. Return its seconds and the number of generated tokens."""
         start = time.perf_counter()
-        config, tokenizer, P = self.config, self.setup.tokenizer, self.config.prompts_per_iteration
+        config, tokenizer, P = self.config, self.setup.tokenizer, self.config.prompts_per_step
         problems = utils.draw_problems(self.setup.train_set, step * P, P, config.seed)
         prompts = {"input_ids": [problem.ids for problem in problems]}
         inputs = tokenizer.pad(prompts, padding_side="left", return_tensors="pt")
@@ -100,7 +100,7 @@ def time_steps(config, rounds):
     steps, logs = {way: [] for way in WAYS}, {way: [] for way in WAYS}
     for seed in range(rounds):
         for way in ("low_rank", "gaussian"):
-            log = run_here(config, num_iterations=2, eval_size=8, seed=seed, perturbation=way)
+            log = run_here(config, num_steps=2, eval_size=8, seed=seed, perturbation=way)
             tokens = log["progress/generated_tokens"]
             steps[way].append((log["time/step"][2], tokens[2] - tokens[1]))
             logs[way].append(log)
@@ -111,7 +111,7 @@ def time_steps(config, rounds):
 
 def generation_memory(config, way):
     """Peak resident memory in MiB that generation for all members adds."""
-    N, P = config.population_size, config.prompts_per_iteration
+    N, P = config.population_size, config.prompts_per_step
     setup = utils.set_up(config, config.dtype, batch_size=N * P)
     parameters = dict(setup.model.requires_grad_(False).named_parameters())
     shapes, problems = es_train.noise_shapes(parameters, "low_rank", config.rank), setup.train_set[:P]
@@ -130,7 +130,7 @@ def curves(config, num_steps, every):
     """Return {way: [(seconds of training, held-out accuracy), ...]}."""
     points = {}
     for way in ("low_rank", "gaussian"):
-        log = run_here(config, num_iterations=num_steps, eval_every=every, perturbation=way)
+        log = run_here(config, num_steps=num_steps, eval_every=every, perturbation=way)
         seconds = {0: 0.0, **log["progress/seconds"]}
         points[way] = [(seconds[step], accuracy) for step, accuracy in log["eval/strict_accuracy"].items()]
     published, clock = Published(config), 0.0
@@ -160,7 +160,7 @@ def main():
 
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}\n")
     steps, logs = time_steps(config, arguments.rounds)
-    size = f"{config.population_size} members x {config.prompts_per_iteration} prompts"
+    size = f"{config.population_size} members x {config.prompts_per_step} prompts"
     print(f"| {size} | seconds per step, median (range) | published / this | tokens |\n|---|---|---|---|")
     for way, values in steps.items():
         seconds, tokens = zip(*values, strict=True)

@@ -110,7 +110,7 @@ def hardware(device):
 
 def measure_es(model, problems, arguments, accelerator):
     N, P, device = arguments.members, len(problems), accelerator.device
-    config = es_train.ESConfig(population_size=N, prompts_per_iteration=P, noise_scale=0.001)
+    config = es_train.ESConfig(population_size=N, prompts_per_step=P, noise_scale=0.001)
     parameters = dict(model.named_parameters())
     master = {name: parameter.float() for name, parameter in parameters.items()}
     shapes = es_train.noise_shapes(parameters, "low_rank", config.rank)

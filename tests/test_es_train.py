@@ -48,8 +48,8 @@ def shapes_of(model, perturbation, rank=1):
     return es_train.noise_shapes(dict(model.named_parameters()), perturbation, rank)
 
 
-def generators_of(iteration, noises, seed=0):
-    return noise_generators(seed, iteration, noises, 1000, "cpu")
+def generators_of(step, noises, seed=0):
+    return noise_generators(seed, step, noises, 1000, "cpu")
 
 
 def dense_noise(model, rank, generator):
@@ -95,17 +95,17 @@ def test_equal_rewards_give_z_scores_of_exactly_zero(reward, dtype):
     assert not z_scores(torch.full((30,), reward, dtype=dtype)).any()
 
 
-def test_noise_keys_are_unique_over_ten_thousand_iterations():
+def test_noise_keys_are_unique_over_ten_thousand_steps():
     # On CPU, torch uses only 32 bits of a seed. 300,000 hashed seeds would collide about ten times.
-    generators = (noise_generators(0, iteration, range(30), 30, "cpu") for iteration in range(10_000))
+    generators = (noise_generators(0, step, range(30), 30, "cpu") for step in range(10_000))
     assert len({generator.initial_seed() % 2**32 for each in generators for generator in each}) == 300_000
 
 
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
-def test_noise_of_layers_members_iterations_and_seeds_is_uncorrelated(perturbation):
+def test_noise_of_layers_members_steps_and_seeds_is_uncorrelated(perturbation):
     shapes, draws = shapes_of(make_model(num_hidden_layers=3, hidden_size=64), perturbation, 4), []
-    for seed, iteration, member in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]:
-        (generator,) = generators_of(iteration, [member], seed)
+    for seed, step, member in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]:
+        (generator,) = generators_of(step, [member], seed)
         noise = {name: es_train.draw(shape, generator) for name, shape in shapes.items()}
         draws += [noise[f"model.layers.{layer}.mlp.up_proj.weight"].flatten() for layer in range(3)]
     correlation = torch.corrcoef(torch.stack(draws)).fill_diagonal_(0)
@@ -153,7 +153,7 @@ def test_equal_rewards_leave_every_bit_of_the_weights(perturbation):
 @pytest.mark.parametrize("max_new_tokens", [2, 40])
 def test_run_logs_rewards_and_ties_and_equal_rewards_change_no_bit_of_the_model(tmp_path, max_new_tokens):
     # No answer fits in two tokens, so all rewards are equal.
-    folder = SCRIPTS["es"].train(tmp_path / "run", f"max_new_tokens={max_new_tokens}", "num_iterations=2")
+    folder = SCRIPTS["es"].train(tmp_path / "run", f"max_new_tokens={max_new_tokens}", "num_steps=2")
     lines, curves = (folder / "journal.jsonl").read_text().splitlines()[1:], scalars(folder)
     for step, rewards in enumerate((torch.tensor(json.loads(line)["rewards"]) for line in lines), start=1):
         pairs = [rewards[i] == rewards[j] for i in range(6) for j in range(6) if i != j]

@@ -78,7 +78,7 @@ def test_sampled_log_probs_are_the_recomputed_ones(tokenizer, dtype, bound):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_training_raises_no_warning_and_other_libraries_read_the_result(tokenizer, tmp_path, capfd, name):
     script = SCRIPTS[name]
-    overrides = [f"model={SMOLLM2}", f"{script.num_steps}={3 if name == 'grpo' else 2}", *FORMAT, "eval_size=4"]
+    overrides = [f"model={SMOLLM2}", f"num_steps={3 if name == 'grpo' else 2}", *FORMAT, "eval_size=4"]
     overrides += ["noise_scale=0.001"] if name == "es" else []
     folder = script.train(tmp_path / "run", *overrides)
     output = capfd.readouterr()

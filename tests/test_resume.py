@@ -136,7 +136,7 @@ def test_run_that_dies_between_logging_and_saving_logs_no_step_twice(tmp_path, m
 
 def test_accuracy_by_tokens_of_lost_steps_is_purged(tmp_path, script):
     size = "group_size" if script.key == "grpo" else "population_size"
-    overrides = [f"{size}=24", "eval_every=1", f"{script.num_steps}=3", "lr_schedule=constant"]
+    overrides = [f"{size}=24", "eval_every=1", "num_steps=3", "lr_schedule=constant"]
     folder = script.train(tmp_path / "run", *overrides)
     uninterrupted = scalars(folder / "by_tokens")
     shutil.rmtree(folder / "checkpoints" / "step_000003")
@@ -153,19 +153,19 @@ def test_run_may_be_shortened_to_what_is_done_and_extended_at_a_constant_rate(tm
     folder, overrides = tmp_path / "run", ["lr_schedule=constant", "eval_every=4"]
     script.train(folder, *overrides, stop_after=3)
     before, saved = files_of(folder), files_of(folder / "checkpoints")
-    with pytest.raises(UserError, match="resume: .*: 3 steps are done, more than the 2 of the config"):
-        script.train(folder, *overrides, f"{script.num_steps}=2")
+    with pytest.raises(UserError, match="resume: .*: 3 steps are done, more than num_steps, 2"):
+        script.train(folder, *overrides, "num_steps=2")
     assert files_of(folder) == before
     for _ in range(2):  # the second time, the run is already finished and stays unchanged
-        script.train(folder, *overrides, f"{script.num_steps}=3")
+        script.train(folder, *overrides, "num_steps=3")
         assert files_of(folder / "checkpoints") == saved
     assert "step    3  held-out" in capsys.readouterr().out and (folder / "model").is_dir()
     with pytest.raises(UserError, match=f"use another run_name and model={folder}/model to train on"):
-        script.train(folder, *overrides, f"{script.num_steps}=9", "lr_schedule=linear")
-    script.train(folder, *overrides, f"{script.num_steps}=5")
+        script.train(folder, *overrides, "num_steps=9", "lr_schedule=linear")
+    script.train(folder, *overrides, "num_steps=5")
     assert [step for step, _ in scalars(folder)["reward/mean"]] == [1, 2, 3, 4, 5]
     # The evaluation and checkpoint intervals may change and do not affect the weights.
-    others = [f"{script.num_steps}=5", "eval_every=5", "checkpoint_every=1", "keep_checkpoints=3"]
+    others = ["num_steps=5", "eval_every=5", "checkpoint_every=1", "keep_checkpoints=3"]
     script.train(tmp_path / "at once", *overrides, *others)
     assert files_of(folder / "model") == files_of(tmp_path / "at once" / "model")
     assert list(checkpoint_folders(tmp_path / "at once")) == [5, 4, 3]
@@ -191,7 +191,7 @@ def test_resuming_with_another_config_model_dataset_or_script_names_the_key(tmp_
         "learning_rate=0.5": "learning_rate: 0.5: the run was started with",
         "rewards={accuracy: 1.0}": "rewards: {'accuracy': 1.0}: the run was started with",
         "dtype=bfloat16": "dtype: 'bfloat16': the run was started with 'float32'",
-        f"{script.num_steps}=9": "9: the run was started with 4; use another run_name",  # it sets the schedule
+        "num_steps=9": "9: the run was started with 4; use another run_name",  # it sets the schedule
         "resume=never": "already exists; choose another name or delete it",
         f"model={tmp_path / 'other'}": "starting weights: '",
         "device=cpu": "problems: '",  # the file has changed
@@ -396,7 +396,7 @@ def work_done(script, folder):
 def test_run_killed_again_and_again_ends_as_an_uninterrupted_one(tmp_path, script, num_kills):
     """Kill at random moments. Set KILLS=300 in the environment for more kills."""
     rng = random.Random(0)
-    overrides = [f"{script.num_steps}={num_kills + 8}", "checkpoint_every=3", "eval_every=2"]
+    overrides = [f"num_steps={num_kills + 8}", "checkpoint_every=3", "eval_every=2"]
     started = time.monotonic()
     process = Process(script, tmp_path / "uninterrupted", *overrides)
     process.wait_until(lambda: checkpoint_folders(tmp_path / "uninterrupted"))
@@ -436,7 +436,7 @@ def processes_of(session):
 
 def test_killed_run_leaves_no_children_behind_and_a_stopped_one_scores_its_step(tmp_path, script):
     folder = tmp_path / "run"
-    overrides = ["rewards={accuracy: 1.0, 'test_resume:pooled': 0.01}", "checkpoint_every=1", f"{script.num_steps}=20"]
+    overrides = ["rewards={accuracy: 1.0, 'test_resume:pooled': 0.01}", "checkpoint_every=1", "num_steps=20"]
     for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGHUP):
         before = work_done(script, folder)
         process = Process(script, folder, *overrides, patch=os.setsid, import_path=[ROOT / "tests"])

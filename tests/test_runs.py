@@ -50,7 +50,7 @@ from runs import checkpoint_folders, completion_table, newest_checkpoint, read_s
 
 
 def test_signal_stops_after_the_step_with_a_checkpoint_and_prints_the_command_that_resumes(tmp_path, script):
-    folder, overrides = tmp_path / "run", [f"{script.num_steps}=10", "checkpoint_every=2"]
+    folder, overrides = tmp_path / "run", ["num_steps=10", "checkpoint_every=2"]
     process = Process(script, folder, *overrides)
     process.wait_until(lambda: "held-out" in process.out)  # output to a file is flushed line by line
     process.wait_until(lambda: 2 in checkpoint_folders(folder))
@@ -99,7 +99,7 @@ def test_ctrl_c_that_is_ignored_at_the_start_stays_ignored(monkeypatch, script):
 
 def test_without_a_reader_of_its_output_a_run_saves_its_model(monkeypatch, tmp_path, script):
     monkeypatch.setattr(runs.tqdm, "write", Mock(side_effect=BrokenPipeError))
-    assert model_weights(script.train(tmp_path / "run", f"{script.num_steps}=1"))
+    assert model_weights(script.train(tmp_path / "run", "num_steps=1"))
 
 
 def sleepy(seconds):
@@ -193,7 +193,7 @@ def sick(completions, **columns):
 
 def test_non_finite_rewards_skip_steps_and_many_in_a_row_stop_the_run_with_the_reason(tmp_path, capsys, script):
     folder, overrides = tmp_path / "run", ["rewards={accuracy: 1.0, 'test_runs:sick': 1.0}", "lr_schedule=constant"]
-    overrides += [f"{script.num_steps}=8", "max_skipped_steps=3", "keep_checkpoints=1", "checkpoint_every=1"]
+    overrides += ["num_steps=8", "max_skipped_steps=3", "keep_checkpoints=1", "checkpoint_every=1"]
     overrides += ["population_batch=6"] * (script.key == "es")  # one call per step
     SICK[:] = [0, 0, math.nan, 0, math.inf, 0, math.nan, math.nan, math.nan]  # the first call is a check
     with pytest.raises(UserError) as error:
@@ -226,7 +226,7 @@ def test_non_finite_log_prob_of_the_sampler_skips_the_step(tmp_path, capsys, mon
         return tokens, log_probs
 
     monkeypatch.setattr(generation, "sample", sample)
-    folder = script.train(tmp_path / "run", f"{script.num_steps}=2")
+    folder = script.train(tmp_path / "run", "num_steps=2")
     assert "step 1 skipped: log_prob of completion 1 is nan" in capsys.readouterr().out
     assert [v for _, v in scalars(folder)["optim/skipped_steps"]] == [1, 1]
 
@@ -410,8 +410,10 @@ def test_completions_in_the_log_are_text_and_never_markup(text):
 def test_config_hyperparameters_and_completions_are_logged(finished):
     events = read_events(finished["grpo"])
     assert {"config/text_summary", "completions/text_summary"} <= set(events.Tags()["tensors"])
-    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    logged = HParamsPluginData.FromString(content).session_start_info.hparams
+    tags = ("_hparams_/session_start_info", "_hparams_/experiment")
+    start, page = (HParamsPluginData.FromString(events.SummaryMetadata(tag).plugin_data.content) for tag in tags)
+    assert [metric.name.tag for metric in page.experiment.metric_infos] == ["eval/strict_accuracy"]
+    logged = start.session_start_info.hparams
     assert logged["group_size"].number_value == 4 and '"rank": 4' in logged["lora"].string_value
     assert logged["model"].string_value == str(ROOT / "tiny_model")
 
@@ -524,9 +526,13 @@ def test_weights_of_the_best_evaluation_are_kept_and_a_fall_below_it_is_reported
 
     monkeypatch.setattr(utils, "evaluate", evaluate)
     folder = tmp_path / "run"
-    overrides = [f"{script.num_steps}=6", "eval_every=1", "eval_size=64", "keep_checkpoints=9", "checkpoint_every=1"]
+    overrides = ["num_steps=6", "eval_every=1", "eval_size=64", "keep_checkpoints=9", "checkpoint_every=1"]
     script.train(folder, *overrides, stop_after=4)
     assert json.loads((folder / "best" / "evaluation.json").read_text())["step"] == 2
+    card = (folder / "best" / "README.md").read_text()
+    assert (
+        card.startswith("# run, step 2\n- Base model: ") and "strict 60.0%" in card and f"{folder}/config.yml" in card
+    )
     best = files_of(folder / "best")
     if script.key == "es":
         path = folder / "journal.jsonl"
@@ -557,9 +563,9 @@ def test_run_that_never_beats_its_start_says_so_and_keeps_no_best(tmp_path, scri
 
 
 def test_zero_steps_evaluate_once_and_save_no_model(tmp_path, script, capsys):
-    folder = script.train(tmp_path / "run", f"{script.num_steps}=0")
+    folder = script.train(tmp_path / "run", "num_steps=0")
     out = capsys.readouterr().out
-    script.train(folder, f"{script.num_steps}=0")
+    script.train(folder, "num_steps=0")
     assert not (folder / "model").exists() and not checkpoint_folders(folder)
     assert out.count("held-out: strict") == 1 and "->  " not in out and "Saved" not in out
     assert re.search(r"^    strict +\d+\.\d% \(\d+\.\d% to \d+\.\d%\)$", out, re.MULTILINE)

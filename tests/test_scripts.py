@@ -218,8 +218,8 @@ def test_recipe_trains_the_embedded_model_and_its_suggested_models_load(recipe, 
     for split in ("train", "test"):
         problems = [{"question": f"What is {i} plus 2?", "answer": f"It is {i}+2.\n#### {i + 2}"} for i in range(9)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, problems)))
-    sizes = f"{script.num_steps}=2 eval_size=4 max_new_tokens=16 device=cpu"
-    more = {"grpo": " prompts_per_step=4 warmup_steps=1", "es": " prompts_per_iteration=4 population_size=4"}
+    sizes = "num_steps=2 eval_size=4 max_new_tokens=16 device=cpu"
+    more = {"grpo": " prompts_per_step=4 warmup_steps=1", "es": " prompts_per_step=4 population_size=4"}
     sizes += more[script.key]
     where = [f"model={TINY}", f"log_dir={tmp_path}", "run_name=run"]
     where += [f"dataset_args={{path: {tmp_path}}}"] if "gsm8k" in recipe.stem else []
@@ -413,7 +413,7 @@ def test_processes_with_different_weights_stop(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_signal_to_one_process_stops_all_after_the_same_step_and_two_resume_as_one(tmp_path, script):
-    folder, overrides = tmp_path / "two" / "run", [f"{script.num_steps}=30", "checkpoint_every=4"]
+    folder, overrides = tmp_path / "two" / "run", ["num_steps=30", "checkpoint_every=4"]
     processes = start_processes(2, script, folder, *overrides)
     processes[0].wait_until(lambda: last_step(folder) == 4)
     processes[1].send_signal(signal.SIGTERM)
@@ -424,7 +424,7 @@ def test_signal_to_one_process_stops_all_after_the_same_step_and_two_resume_as_o
     assert len(seen(folder, 0)["weights"]) == len(seen(folder, 1)["weights"])
     assert [at for at, _ in scalars(folder)["reward/mean"]] == list(range(1, step + 1))
 
-    more = f"{script.num_steps}=30", "checkpoint_every=30"  # two resumed processes must match one process
+    more = "num_steps=30", "checkpoint_every=30"  # two resumed processes must match one process
     processes = start_processes(2, script, folder, *more)
     assert [process.wait() for process in processes] == [0, 0] and f"resuming after step {step}" in processes[0].out
     theirs = model_weights(script.train(tmp_path / "one" / "run", *more))
@@ -439,7 +439,7 @@ def test_when_one_process_is_killed_the_others_end(tmp_path, script, victim):
     # Without --multi_gpu, accelerate starts a single process on a CPU, whatever --num_processes is.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
     command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    command += [f"{script.name}.py", *script.where(folder), f"{script.num_steps}=500", "lr_schedule=constant"]
+    command += [f"{script.name}.py", *script.where(folder), "num_steps=500", "lr_schedule=constant"]
     launcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while last_step(folder) < 2:
         assert launcher.poll() is None
