@@ -3,8 +3,8 @@
     MathExprDataset   generated from a seed: integer expressions to evaluate, products of polynomials to expand
     GSM8KDataset      grade-school word problems, Cobbe et al. 2021, arXiv:2110.14168
     JSONLDataset      your own problems, one JSON object per line
-To add a dataset, write such a class of list and add it to DATASETS. `dataset_args` in the config are its arguments;
-pydantic checks their types. Elsewhere: prompts (utils.py) and the scoring of answers (reward.py).
+To add a dataset, write a subclass of list like these and add it to DATASETS. `dataset_args` in the config are its
+arguments; pydantic checks their types. Elsewhere: prompts (utils.py) and the scoring of answers (reward.py).
 """
 
 import hashlib
@@ -180,10 +180,11 @@ class MathExprDataset(list):
         rng = random.Random(f"{self.split} {seed} {kind}")
         found, num_idle = {form: {} for form in forms}, 0
         while num_idle < self.PATIENCE and any(len(expressions) < count for expressions in found.values()):
-            text, answer, form, _ = self.draw(rng, kind)
-            expressions, num_idle = found.get(form, {}), num_idle + 1
-            if text and text not in expressions and len(expressions) < count:
-                expressions[text], num_idle = answer, 0
+            drawn, num_idle = self.draw(rng, kind), num_idle + 1
+            if drawn:
+                text, answer, form, _ = drawn
+                if text not in found[form] and len(found[form]) < count:
+                    found[form][text], num_idle = answer, 0
         missing = [form for form, expressions in found.items() if not expressions]
         if missing:
             message = f"found no {self.split} expression of kind {kind} with {missing[0]} operators"
@@ -191,7 +192,7 @@ class MathExprDataset(list):
         return list(found.values())
 
     def draw(self, rng, kind):
-        """Draw (text, answer, form, structure), or four times None if it violates a limit or is in the other split.
+        """Draw (text, answer, form, structure), or None if it violates a limit or is in the other split.
 
         form: the number of operators to evaluate, or the numbers of terms in left factor and tail to expand
         """
@@ -199,14 +200,14 @@ class MathExprDataset(list):
             structure = random_expression(rng, rng.randint(1, self.max_operators), self.max_integer)
             value, steps = expression_steps(structure)
             if max(abs(result) for *_, result in steps) > self.max_value:
-                return [None] * 4
+                return None
             text, answer, form = expression_text(structure), str(value), len(steps)
         else:
             structure = left, right, tail = random_product(rng, self.max_coefficient)
             text, answer = product_text(*structure), polynomial_text(add(multiply(left, right), tail))
             form = sum(map(bool, left)), sum(map(bool, tail))
         if (zlib.crc32(text.encode()) % 10 == 0) != (self.split == "test"):
-            return [None] * 4
+            return None
         return text, answer, form, structure
 
 

@@ -373,9 +373,7 @@ def train(config, setup, run, master, shapes):
         # 5. Log.
         ties = (rewards[:, None] == rewards).double().fill_diagonal_(0)  # (N, N)
         metrics = {
-            "es/reward_min": rewards.min(),
-            "es/reward_mean": rewards.mean(),
-            "es/reward_max": rewards.max(),
+            **{f"es/reward_{how}": getattr(rewards, how)() for how in ("min", "mean", "max")},
             "es/reward_std": rewards.std(correction=0),
             "es/tie_rate": ties.sum() / (N * (N - 1)),
             "es/noise_scale": noise_scale,

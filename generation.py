@@ -362,11 +362,8 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
         if size < len(rows):  # drop rows that have ended
             kept = running.int().argsort(descending=True, stable=True)[:size]
             cache.batch_select_indices(kept)
-            for x in (rows, newest, text_state, position, visible):
-                x[:size] = x[kept]
-            rows, newest, text_state, position, visible = (
-                x[:size] for x in (rows, newest, text_state, position, visible)
-            )
+            batch = rows, newest, text_state, position, visible
+            rows, newest, text_state, position, visible = (x[:size].copy_(x[kept]) for x in batch)
             select(rows // num_samples)
         cursor.end = min(end + -end % LENGTH_BUCKET, memory.num_slots) if has_graphs else end
         memory.run((kind, B, len(rows), cursor.end), step) if has_graphs else step()

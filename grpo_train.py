@@ -176,9 +176,8 @@ def make_policy(model, lora, gradient_checkpointing):
     if isinstance(model, PeftModel):
         settings = model.peft_config["default"]
         own = LoRA(rank=settings.r, alpha=settings.lora_alpha, target_modules=sorted(settings.target_modules))
-        without = {m for name, m in layers.items() if not name.endswith(".base_layer")} - {
-            model.get_output_embeddings()
-        }
+        head = model.get_output_embeddings()
+        without = [m for name, m in layers.items() if not name.endswith(".base_layer") and m is not head]
         is_all = lora and lora.target_modules == "all-linear" and not without
         targets = own.target_modules if is_all else lora and sorted(lora.target_modules)
         if lora is None or {**dict(lora), "target_modules": targets} != dict(own):
@@ -217,9 +216,9 @@ class AdapterGroup:
             layer.lora_A["default"].weight.is_packed = layer.lora_B["default"].weight.is_packed = True
 
     def weights(self, name):
-        """Return the A of all layers as one matrix (sum of r, in), and the B of each, (out, r)."""
+        """Return the A of all layers as one matrix (sum of r, in), and the B of each, (out, r), in one list."""
         A = [layer.lora_A[name].weight for layer in self.layers]
-        return torch.cat(A) if len(A) > 1 else A[0], [layer.lora_B[name].weight for layer in self.layers]
+        return [torch.cat(A) if len(A) > 1 else A[0], *(layer.lora_B[name].weight for layer in self.layers)]
 
     @torch.no_grad()
     def start_sampling(self, merge):
@@ -230,11 +229,9 @@ class AdapterGroup:
             merged = base.weight + layer.get_delta_weight("default")
             base.weight = torch.nn.Parameter(merged, requires_grad=False)
         if not merge:
-            A, B = self.weights("default")
-            if self.packed is None:
-                dtype = self.layers[0].weight.dtype
-                self.packed = torch.empty_like(A, dtype=dtype), [torch.empty_like(x, dtype=dtype) for x in B]
-            for packed, x in zip([self.packed[0], *self.packed[1]], [A, *B], strict=True):
+            weights, dtype = self.weights("default"), self.layers[0].weight.dtype
+            self.packed = self.packed or [torch.empty_like(x, dtype=dtype) for x in weights]
+            for packed, x in zip(self.packed, weights, strict=True):
                 packed.copy_(x)
             self.is_sampling = True
 
@@ -245,11 +242,11 @@ class AdapterGroup:
 
     def forward(self, layer, x):
         y = layer.base_layer(x)
-        if self.originals or layer.disable_adapters:
+        if self.originals or layer.merged or layer.disable_adapters:
             return y
         (name,) = layer.active_adapters
-        A, B = self.packed if self.is_sampling else self.weights(name)
         if self.input is not x:  # the first of the layers: compute A x for all
+            A, *B = self.packed if self.is_sampling else self.weights(name)
             self.input, sizes = x, [layer.r[name] for layer in self.layers]
             inner = F.linear(x, A).split(sizes, -1)
             self.inner = {layer: pair for layer, *pair in zip(self.layers, inner, B, strict=True)}
@@ -282,13 +279,11 @@ def sampling_adapter(model):
     In fp32 on a CPU, merge it into the weights; in bf16, rounding the sum would change the policy.
     """
     merge = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
-    try:
+    with contextlib.ExitStack() as stack:
         for group in model.adapter_groups:
+            stack.callback(group.stop_sampling)
             group.start_sampling(merge)
         yield
-    finally:
-        for group in model.adapter_groups:
-            group.stop_sampling()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Everything about a training run except the algorithm: the loop over `run.steps()` trains; Run does the rest.
 
     Run           evaluates, logs and saves when due; stops on a signal; resumes; synchronizes processes
-    folder        log_dir/run_name/{config.yml, journal.jsonl (ES), checkpoints/, best/, model/, events}
+    folder        log_dir/run_name/{run.lock, config.yml, journal.jsonl (ES), checkpoints/, best/, model/, events}
     checkpoints   written atomically, with a checksum per file; damaged ones are reported and skipped
 To add a metric, add it to `metrics` in a script's train(). Elsewhere: the content of a checkpoint (`save_progress` in
 each script), evaluation (utils.evaluate), the algorithms.
@@ -79,7 +79,7 @@ class Run:
     def __init__(self, config, setup, identity, step_text, weights, evaluate, save, load, journal=False):
         self.setup, self.accelerator, self.is_main = setup, setup.accelerator, setup.accelerator.is_main_process
         self.num_steps, self.weights, self.evaluate, self.save = config.num_steps, weights, evaluate, save
-        self.identity = identity
+        self.identity, self.say = identity, say if self.is_main else lambda text: None
         self.start, self.journal, found = time.perf_counter(), None, None
         if self.is_main:
             self.folder, self.config, self.lock = open_folder(config)
@@ -192,18 +192,11 @@ class Run:
         record: JSON values to keep in the state
         """
         seconds, num_tokens, state = time.perf_counter() - self.step_start, scores["length"].sum(), self.state
-        self.state = {
-            **state,
-            **record,
-            "step": step + 1,
-            "seconds": state["seconds"] + seconds,
-            "prompts": state["prompts"] + num_prompts,
-            "completions": state["completions"] + len(scores["length"]),
-            "generated_tokens": state["generated_tokens"] + int(num_tokens),
-            "skipped_steps": state["skipped_steps"] + bool(skipped),
-            "skipped_in_a_row": state["skipped_in_a_row"] + 1 if skipped else 0,
-            "after": None,
-        }
+        added = {"step": 1, "seconds": seconds, "prompts": num_prompts, "completions": len(scores["length"])}
+        added |= {"generated_tokens": int(num_tokens), "skipped_steps": bool(skipped)}
+        in_a_row = state["skipped_in_a_row"] + 1 if skipped else 0
+        self.state = state | record | {key: state[key] + number for key, number in added.items()}
+        self.state |= {"skipped_in_a_row": in_a_row, "after": None}
         metrics = {
             **completion_metrics(scores),
             **metrics,
@@ -221,7 +214,6 @@ class Run:
         if not skipped:
             self._warn(metrics, signal_share)
         else:
-            in_a_row = self.state["skipped_in_a_row"]
             self.say(f"step {step + 1} skipped: {skipped}")
             if in_a_row >= self.config.max_skipped_steps:
                 good = [path for saved, path in checkpoint_folders(self.folder).items() if saved <= step + 1 - in_a_row]
@@ -246,11 +238,6 @@ class Run:
                         f"the samples were correct, {metrics['accuracy/format']:.0%} had the format and "
                         f"{metrics['completion/truncated']:.0%} were truncated. Try {advice}."
                     )
-
-    def say(self, text):
-        """Print a line from the first process only."""
-        if self.is_main:
-            say(text)
 
     def _show_progress(self, metrics):
         rate = tqdm.format_sizeof(float(metrics["throughput/tokens_per_second"]))
@@ -311,7 +298,7 @@ class Run:
         ]
         with whole_folder(folder) as partial:
             save_model(self.setup.model, self.setup.tokenizer, partial)
-            (partial / "README.md").write_text("\n".join(card) + "\n")
+            (partial / "README.md").write_text("\n".join(card) + "\n", encoding="utf-8")
             (partial / EVALUATION).write_text(json.dumps(result))
 
     def _write_scalars(self, metrics, step):
@@ -414,9 +401,7 @@ def completion_metrics(scores):
         "reward/mean": scores["reward"].mean(),
         "reward/std": scores["reward"].std(),
         **{tag: values.mean() for tag, values in scores.items() if tag.startswith(("reward/", "accuracy/"))},
-        "completion/length_mean": scores["length"].mean(),
-        "completion/length_min": scores["length"].min(),
-        "completion/length_max": scores["length"].max(),
+        **{f"completion/length_{how}": getattr(scores["length"], how)() for how in ("mean", "min", "max")},
         "completion/truncated": scores["truncated"].mean(),
     }
 
@@ -476,7 +461,7 @@ def check_folder(config):
     folder = Path(config.log_dir) / (config.run_name or time.strftime("%Y-%m-%d_%H-%M-%S"))
     try:
         existing = next(path for path in [folder, *folder.parents] if path.exists())
-        found = os.listdir(existing) if existing == folder and config.run_name else []
+        found = set(os.listdir(existing)) - {"run.lock"} if existing == folder and config.run_name else None
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise PermissionError(f"{existing} is not a folder that can be written to")
     except (OSError, ValueError) as error:
@@ -500,13 +485,14 @@ def open_folder(config):
             time.sleep(1)
         except OSError as error:
             raise UserError(f"log_dir: {folder} cannot be created: {one_line(error)}") from None
-    lock = filelock.FileLock(folder / "lock", timeout=0, is_singleton=True)
+    lock = filelock.FileLock(folder / "run.lock", timeout=0, is_singleton=True)
     try:
         lock.acquire()
     except filelock.Timeout:
         raise UserError(f"run_name: {folder} is in use by another process") from None
     except OSError as error:  # a file system without locks
         say(f"warning: {folder} cannot be locked: {error}; do not start a second run in it")
+    (folder / "run.lock").touch()  # marks the folder as a run
     paths = {"log_dir": str(folder.parent), "run_name": folder.name, "resume": "auto"}
     return folder, config.model_copy(update=paths), lock
 
@@ -536,10 +522,10 @@ def find_progress(folder, identity, journal):
     path, saved = newest_checkpoint(folder, len(states) - 1 if states else math.inf)
     state = states[-1] if states else saved
     if state:
-        check_identity(folder, identity, state.get("identity", {}))
+        check_identity(folder, identity, state["identity"])
     if path and journal and not states:
         raise UserError(f"resume: {folder / 'journal.jsonl'} is empty or missing, but the run has checkpoints")
-    if not state and checkpoint_folders(folder):
+    if not state and (checkpoint_folders(folder) or (folder / "best").exists()):
         raise UserError(f"resume: {folder / 'checkpoints'} has no undamaged checkpoint")
     check_model(folder, state.get("step", -1))
     return state, path, states[saved.get("step", 0) + 1 :]

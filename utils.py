@@ -71,7 +71,7 @@ def beside_script(path):
 
 
 def is_run(folder):
-    return any((Path(folder) / name).exists() for name in ("lock", "checkpoints", "journal.jsonl"))
+    return (Path(folder) / "run.lock").exists()
 
 
 class Config(BaseModel):
@@ -140,7 +140,7 @@ def load_config(config_class, path, overrides=()):
     try:
         values = yaml.safe_load(Path(path).read_text("utf-8-sig"))
         values = {} if values is None else values
-        if is_run(folder):
+        if Path(path).name == "config.yml" and any((folder / x).exists() for x in ("run.lock", "checkpoints")):
             values |= {"log_dir": str(folder.parent), "run_name": folder.name}
         for override in overrides:
             source = f"command line: {override}"
@@ -275,7 +275,7 @@ def set_up(config, weights_dtype, autocast=False, **settings):
         splits = [make_dataset(config.dataset, split, config.dataset_args) for split in ("train", "test")]
     except ValidationError as error:
         raise UserError(f"dataset_args: {_describe(error.errors()[0], type(config))}") from None
-    train_items, test_items = list(splits[0]), list(splits[1])[: config.eval_size]
+    train_items, test_items = splits[0], splits[1][: config.eval_size]
     # Call the reward functions once, since a mistake in them should not show after minutes of loading.
     score(config.rewards, ["<think>1+1=2</think><answer>2</answer>", ""], [train_items[0]] * 2)
     known = {item["prompt"] for item in train_items}

@@ -167,7 +167,8 @@ def test_run_may_be_shortened_to_what_is_done_and_extended_at_a_constant_rate(tm
     # The evaluation and checkpoint intervals may change and do not affect the weights.
     others = ["num_steps=5", "eval_every=5", "checkpoint_every=1", "keep_checkpoints=3"]
     script.train(tmp_path / "at once", *overrides, *others)
-    assert files_of(folder / "model") == files_of(tmp_path / "at once" / "model")
+    models = [files_of(run / "model") for run in (folder, tmp_path / "at once")]
+    assert {name for name, _ in models[0].items() ^ models[1].items()} == {"README.md"}  # it has the run's name
     assert list(checkpoint_folders(tmp_path / "at once")) == [5, 4, 3]
 
 
@@ -234,11 +235,16 @@ def test_a_run_whose_problems_moved_resumes_with_their_new_path_but_not_with_oth
 # Damage
 
 
-@pytest.mark.parametrize("lost", ["checkpoints", "newest", "journal", "evaluation"])
+@pytest.mark.parametrize("lost", ["checkpoints", "newest", "journal", "evaluation", "all but best"])
 def test_finished_model_is_never_overwritten_after_its_state_is_lost(tmp_path, script, finished, lost):
     folder = shutil.copytree(finished[script.key], tmp_path / "run")
     if lost == "journal":
         (folder / "journal.jsonl").unlink(missing_ok=True)
+    elif lost == "all but best":
+        for name in ("checkpoints", "model", "journal.jsonl"):
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        (folder / "best").mkdir(exist_ok=True)
     elif lost == "evaluation":  # and all of the state, so that nothing tells which step the model is of
         (folder / "model" / "evaluation.json").write_text("{}")
         shutil.rmtree(folder / "checkpoints")
@@ -252,7 +258,7 @@ def test_finished_model_is_never_overwritten_after_its_state_is_lost(tmp_path, s
     if (script.key, lost) in [("grpo", "journal"), ("es", "checkpoints")]:  # nothing is lost
         script.train(folder)
         return
-    with pytest.raises(UserError, match="resume: .*(is damaged|is lost; move it away|is empty or missing)"):
+    with pytest.raises(UserError, match="resume: .*(no undamaged|is lost; move it away|is empty or missing)"):
         script.train(folder)
     assert files_of(folder) == before
 
@@ -322,6 +328,8 @@ TORN = [(5, b"", False), (3, b'{"step": 4}', False), (0, b"{", False), (4, b"", 
 def test_run_resumes_after_the_last_whole_line_of_the_journal(finished, tmp_path, num_lines, torn, keeps_checkpoints):
     path, lines = copy_of_journal(finished, tmp_path, keeps_checkpoints)
     path.write_bytes(b"".join(lines[:num_lines]) + torn)
+    if num_lines == 0:  # then there was no best evaluation yet
+        shutil.rmtree(tmp_path / "run" / "best", ignore_errors=True)
     SCRIPTS["es"].train(tmp_path / "run")
     assert_same_run(tmp_path / "run", finished["es"])
     for state, expected in zip(journal(tmp_path / "run"), journal(finished["es"]), strict=True):

@@ -265,16 +265,18 @@ def test_folder_is_made_or_reopened_and_never_one_with_anything_else_in_it(tmp_p
         lock.release()
         return folder
 
-    for name, content in {"begun": "lock", "moved": "journal.jsonl", "foreign": "notes.txt"}.items():
+    contents = {"killed": "run.lock", "begun": "run.lock config.yml", "foreign": "checkpoints", "other": "notes.txt"}
+    for name, files in contents.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / content).touch()
+        for file in files.split():
+            (tmp_path / name / file).touch()
     (tmp_path / "empty").mkdir()
-    for name in ("new", "new", "empty", "begun", "moved"):
+    for name in ("new", "new", "empty", "killed", "begun"):
         assert find(run_name=name) == tmp_path / name and (tmp_path / name).is_dir()
     monkeypatch.setattr(time, "strftime", Mock(side_effect=["begun", "begun", "later"]))  # in the same second
     assert find(run_name=None).name == "later"
-    for values in ({"run_name": "begun", "resume": "never"}, {"run_name": "foreign"}):
-        with pytest.raises(UserError, match="(begun|foreign) already exists; choose another name or delete it"):
+    for values in ({"run_name": "begun", "resume": "never"}, {"run_name": "foreign"}, {"run_name": "other"}):
+        with pytest.raises(UserError, match="(begun|foreign|other) already exists; choose another name or delete it"):
             find(**values)
 
 

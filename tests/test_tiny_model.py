@@ -51,7 +51,7 @@ def test_corpus_has_the_system_prompt_of_the_config_and_no_test_problem():
 @pytest.mark.parametrize("kind", ["evaluate", "expand"])
 def test_corpus_solutions_are_right_when_worked_and_wrong_when_sloppy(kind):
     rng, difficulty, right = random.Random(0), MathExprDataset("train", size=1), dict.fromkeys(pretrain.STYLES, 0)
-    drawn = [problem for problem in (difficulty.draw(rng, kind) for _ in range(300)) if problem[0] is not None]
+    drawn = list(filter(None, (difficulty.draw(rng, kind) for _ in range(300))))
     for _, answer, _, structure in drawn:
         for style in pretrain.STYLES:
             solution = pretrain.write_solution(rng, kind, structure, style)

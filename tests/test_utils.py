@@ -140,7 +140,7 @@ def test_config_of_a_run_names_the_folder_it_lies_in_unless_told_otherwise(tmp_p
     file = tmp_path / "moved" / "config.yml"
     file.write_text("log_dir: elsewhere\nrun_name: before\n")
     assert load_config(GRPOConfig, file).run_name == "before"
-    (tmp_path / "moved" / "checkpoints").mkdir()
+    (tmp_path / "moved" / "run.lock").touch()
     config = load_config(GRPOConfig, file)
     assert (config.log_dir, config.run_name) == (str(tmp_path), "moved")
     assert load_config(GRPOConfig, file, ["run_name=other"]).run_name == "other"
@@ -509,7 +509,7 @@ def test_folders_that_are_no_model_to_train_are_named(tmp_path, monkeypatch):
     for name in ("./typo", "~/typo", "../typo", "/typo", "typo", "logs/typo/model"):
         refuse(name, "no such folder")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "lock").touch()
+    (tmp_path / "run" / "run.lock").touch()
     refuse("~/run", f"is a run; its model is {tmp_path}/run/model")
     settings = json.loads((ROOT / "tiny_model" / "config.json").read_text())
     for number, (more, message) in enumerate(

@@ -171,9 +171,10 @@ def corpus(rng, tokenizer):
     difficulty = MathExprDataset("train", size=1)
     while True:
         kind = rng.choice(list(MathExprDataset.WORDINGS))
-        text, _, _, structure = difficulty.draw(rng, kind)
-        if text is None:
+        drawn = difficulty.draw(rng, kind)
+        if not drawn:
             continue
+        text, _, _, structure = drawn
         wording = rng.randrange(4)
         style = rng.choices(list(STYLES), [shares[wording] for shares in STYLES.values()])[0]
         messages = [{"role": "user", "content": MathExprDataset.WORDINGS[kind][wording].format(text)}]
