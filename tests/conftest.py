@@ -41,6 +41,9 @@ from generation import DecodeSettings
 from runs import checkpoint_folders, newest_checkpoint
 from utils import load_config
 
+for number in runs.STOP_SIGNALS[1:]:  # nohup makes processes ignore them
+    signal.signal(number, signal.SIG_DFL)
+
 ROOT = Path(__file__).resolve().parent.parent
 GSM8K = ROOT.parent / "shared" / "gsm8k"
 TINY = str(ROOT / "tiny_model")
