@@ -140,7 +140,7 @@ def load_config(config_class, path, overrides=()):
     try:
         values = yaml.safe_load(Path(path).read_text("utf-8-sig"))
         values = {} if values is None else values
-        if Path(path).name == "config.yml" and any((folder / x).exists() for x in ("run.lock", "checkpoints")):
+        if Path(path).name == "config.yml" and (is_run(folder) or (folder / "checkpoints").exists()):
             values |= {"log_dir": str(folder.parent), "run_name": folder.name}
         for override in overrides:
             source = f"command line: {override}"
