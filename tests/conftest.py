@@ -202,7 +202,7 @@ class Script:
 
 GRPO = "num_steps=4 prompts_per_step=4 group_size=4 max_new_tokens=32 warmup_steps=0 lora.rank=4"
 ES = "num_steps=4 prompts_per_step=4 population_size=6 population_batch=4 max_new_tokens=40 noise_scale=0.03"
-EVERY = " eval_size=8 eval_every=2 checkpoint_every=2"
+EVERY = " dataset_args.size=100 eval_size=8 eval_every=2 checkpoint_every=2"
 SCRIPTS = {
     "grpo": Script("grpo", grpo_train, grpo_train.GRPOConfig, (GRPO + EVERY).split()),
     "es": Script("es", es_train, es_train.ESConfig, (ES + EVERY).split()),

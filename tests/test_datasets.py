@@ -64,7 +64,7 @@ def value_at(expression, x):
     return eval(python, {"__builtins__": {}}, {"x": x})
 
 
-MIXES = [{}, {"kinds": ["evaluate"], "max_operators": 2}, {"kinds": ["expand"], "max_coefficient": 9}]
+MIXES = [{}, {"kinds": ["evaluate"], "max_operators": 2}, {"kinds": ["expand"], "max_coefficient": 9, "size": 900}]
 MIXES += [{"max_operators": 5, "max_integer": 20, "max_value": 500, "seed": 3}, {"kinds": ["evaluate"], "size": 700}]
 
 
@@ -144,7 +144,8 @@ BAD_ARGUMENTS = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS)
-def test_bad_arguments_are_named(arguments, message):
+def test_bad_arguments_are_named(monkeypatch, arguments, message):
+    monkeypatch.setattr(MathExprDataset, "PATIENCE", 1000)
     with pytest.raises(UserError, match=f"^dataset_args: {message}"):
         set_up(GRPOConfig(dataset_args=arguments, device="cpu"), "float32")
 

@@ -50,7 +50,7 @@ WAYS = {
     "grpo-dynamic": ("grpo", ["max_sampling_rounds=3", "rewards={accuracy: 1.0}"]),
     "es": ("es", ["population_size=5"]),
     "es-antithetic-decay": ("es", ["antithetic=true", "noise_schedule=linear", "lr_schedule=cosine", DRAW]),
-    "es-gaussian-bf16": ("es", ["perturbation=gaussian", "dtype=bfloat16"]),
+    "es-gaussian-bf16": ("es", ["perturbation=gaussian", "dtype=bfloat16", "population_size=4"]),
 }
 
 
@@ -70,13 +70,11 @@ def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, capsys, 
     overrides = [text.replace("ADAPTER", f"{finished['grpo']}/model") for text in overrides]
     script = SCRIPTS[name]
     whole, parts = script.train(tmp_path / "whole", *overrides), tmp_path / "parts"
-    for steps in (1, 2):
-        script.train(parts, *overrides, stop_after=steps)
-        assert f"stopped after step {2 * steps - 1}; to resume:" in capsys.readouterr().out
-        assert not (parts / "model").exists()
+    script.train(parts, *overrides, stop_after=1)
+    assert "stopped after step 1; to resume:" in capsys.readouterr().out and not (parts / "model").exists()
     script.train(parts, *overrides)
     out = capsys.readouterr().out
-    assert "resuming after step 3" in out
+    assert "resuming after step 1" in out
     assert_same_run(parts, whole)
 
     # Check that the overrides take effect.
@@ -136,17 +134,17 @@ def test_run_that_dies_between_logging_and_saving_logs_no_step_twice(tmp_path, m
 
 def test_accuracy_by_tokens_of_lost_steps_is_purged(tmp_path, script):
     size = "group_size" if script.key == "grpo" else "population_size"
-    overrides = [f"{size}=24", "eval_every=1", "num_steps=3", "lr_schedule=constant"]
+    overrides = [f"{size}=24", "eval_every=1", "num_steps=2", "lr_schedule=constant"]
     folder = script.train(tmp_path / "run", *overrides)
     uninterrupted = scalars(folder / "by_tokens")
-    shutil.rmtree(folder / "checkpoints" / "step_000003")
+    shutil.rmtree(folder / "checkpoints" / "step_000002")
     shutil.rmtree(folder / "model")
     if script.key == "es":
         path = folder / "journal.jsonl"
         path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
     script.train(folder, *overrides)
     by_tokens = scalars(folder / "by_tokens")
-    assert by_tokens == uninterrupted and len({step for step, _ in by_tokens["by_tokens/strict_accuracy"]}) == 4
+    assert by_tokens == uninterrupted and len({step for step, _ in by_tokens["by_tokens/strict_accuracy"]}) == 3
 
 
 def test_run_may_be_shortened_to_what_is_done_and_extended_at_a_constant_rate(tmp_path, capsys, script):
@@ -179,7 +177,7 @@ def test_resuming_with_another_config_model_dataset_or_script_names_the_key(tmp_
     lines = [json.dumps({"prompt": f"Compute {i}+{i}", "answer": str(2 * i)}) for i in range(30)]
     file = tmp_path / "problems.jsonl"
     file.write_text("\n".join(lines))
-    overrides = ["lr_schedule=linear", f"dataset={file}", "eval_size=2"]
+    overrides = ["lr_schedule=linear", f"dataset={file}", "dataset_args={}", "eval_size=2"]
     folder = script.train(tmp_path / "run", *overrides, stop_after=2)
     for name in ("moved", "other"):
         shutil.copytree(TINY, tmp_path / name)
@@ -225,11 +223,11 @@ def test_a_run_whose_problems_moved_resumes_with_their_new_path_but_not_with_oth
     lines = [json.dumps({"prompt": f"{n}+1?", "answer": str(n + 1)}) for n in range(40)]
     for name, kept in (("before", lines), ("moved", lines), ("other", lines[1:])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(kept))
-    folder = script.train(tmp_path / "run", f"dataset={tmp_path}/before.jsonl", stop_after=2)
+    folder = script.train(tmp_path / "run", f"dataset={tmp_path}/before.jsonl", "dataset_args={}", stop_after=2)
     with pytest.raises(UserError, match="dataset: .*other.jsonl': the run was started with '.*before.jsonl'"):
-        script.train(folder, f"dataset={tmp_path}/other.jsonl")
+        script.train(folder, f"dataset={tmp_path}/other.jsonl", "dataset_args={}")
     (tmp_path / "before.jsonl").unlink()
-    assert last_step(script.train(folder, f"dataset={tmp_path}/moved.jsonl")) == 4
+    assert last_step(script.train(folder, f"dataset={tmp_path}/moved.jsonl", "dataset_args={}")) == 4
 
 
 # Damage
@@ -444,8 +442,8 @@ def processes_of(session):
 
 def test_killed_run_leaves_no_children_behind_and_a_stopped_one_scores_its_step(tmp_path, script):
     folder = tmp_path / "run"
-    overrides = ["rewards={accuracy: 1.0, 'test_resume:pooled': 0.01}", "checkpoint_every=1", "num_steps=20"]
-    for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGHUP):
+    overrides = ["rewards={accuracy: 1.0, 'test_resume:pooled': 0.01}", "checkpoint_every=1", "num_steps=9"]
+    for number in (signal.SIGKILL, signal.SIGINT):
         before = work_done(script, folder)
         process = Process(script, folder, *overrides, patch=os.setsid, import_path=[ROOT / "tests"])
         session = process.process.pid

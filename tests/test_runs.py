@@ -274,6 +274,7 @@ def test_folder_is_made_or_reopened_and_never_one_with_anything_else_in_it(tmp_p
     for name in ("new", "new", "empty", "killed", "begun"):
         assert find(run_name=name) == tmp_path / name and (tmp_path / name).is_dir()
     monkeypatch.setattr(time, "strftime", Mock(side_effect=["begun", "begun", "later"]))  # in the same second
+    monkeypatch.setattr(time, "sleep", Mock())
     assert find(run_name=None).name == "later"
     for values in ({"run_name": "begun", "resume": "never"}, {"run_name": "foreign"}, {"run_name": "other"}):
         with pytest.raises(UserError, match="(begun|foreign|other) already exists; choose another name or delete it"):
@@ -519,14 +520,10 @@ def test_steps_without_any_signal_are_reported(tmp_path, capsys, key, cause):
 
 
 def test_weights_of_the_best_evaluation_are_kept_and_a_fall_below_it_is_reported(tmp_path, script, capsys, monkeypatch):
-    accuracies, honest = {0: 0.3, 1: 0.2, 2: 0.6, 3: 0.55, 4: 0.6, 5: 0.3, 6: 0.2}, utils.evaluate
-    steps = iter([*range(5), *range(4, 7)])  # the run stops after 4 steps and resumes after 3
-
-    def evaluate(setup):
-        metrics, items, texts = honest(setup)
-        return metrics | {"strict_accuracy": accuracies[next(steps)]}, items, texts
-
-    monkeypatch.setattr(utils, "evaluate", evaluate)
+    # The run stops after 4 steps and resumes after 3.
+    accuracies = iter([0.3, 0.2, 0.6, 0.55, 0.6, *(0.6, 0.3, 0.2)])
+    metrics = {"lenient_accuracy": 0.5, "length": 1.0, "truncated": 0.0}
+    monkeypatch.setattr(utils, "evaluate", lambda setup: (metrics | {"strict_accuracy": next(accuracies)}, [], []))
     folder = tmp_path / "run"
     overrides = ["num_steps=6", "eval_every=1", "eval_size=64", "keep_checkpoints=9", "checkpoint_every=1"]
     script.train(folder, *overrides, stop_after=4)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -56,21 +57,25 @@ def run(command, folder=ROOT, path=""):
 # Whole runs
 
 
-def test_script_trains_and_prints_how_to_load_the_result(tmp_path, script):
+def test_script_trains_where_the_user_is_and_prints_how_to_load_the_result(tmp_path, script):
     """Make Hugging Face `datasets` appear installed to other libraries. It must not get in the way."""
-    site, folder = tmp_path / "site", tmp_path / "run"
+    site, folder = tmp_path / "site", tmp_path / f"{script.key}_logs" / "run"
     (site / "datasets-4.0.0.dist-info").mkdir(parents=True)
     (site / "datasets").mkdir()
     (site / "datasets" / "__init__.py").write_text("raise ImportError('Hugging Face datasets was imported')\n")
     metadata = "Metadata-Version: 2.1\nName: datasets\nVersion: 4.0.0\n"
     (site / "datasets-4.0.0.dist-info" / "METADATA").write_text(metadata)
-    command = shlex.join([f"{script.name}.py", *script.where(folder), "eval_size=64"])
-    out = run(f"python {command} 2>&1", path=site)
+    own = "def brevity(completions, **columns): return [-len(text) for text in completions]\n"
+    (tmp_path / "my_rewards.py").write_text(own)
+    more = ["eval_size=64", "rewards={accuracy: 1, format: 0.1, my_rewards:brevity: 1e-3}", "lr_schedule=constant"]
+    where = ["run_name=run", "device=cpu"]  # the model lies beside the script, the logs here
+    command = shlex.join([str(ROOT / f"{script.name}.py"), "--num_steps=4", *where, *script.small[1:], *more])
+    out = run(f"python {command} 2>&1", tmp_path, path=site)
     assert "Traceback" not in out and "Warning" not in out
     assert "Held-out accuracy, greedy decoding, 64 problems (95% interval)" in out
     num_trained = {"grpo": "38,912", "es": "835,712"}[script.key]
-    assert f"model   {TINY}, 835,712 parameters, {num_trained} trained\n" in out
-    assert f'from_pretrained({"base, " * (script.key == "grpo")}"{folder}/model")' in out
+    assert f"model   tiny_model, 835,712 parameters, {num_trained} trained\n" in out
+    assert f'from_pretrained({"base, " * (script.key == "grpo")}"{script.key}_logs/run/model")' in out
 
     base = AutoModelForCausalLM.from_pretrained(TINY)
     ids = torch.arange(20)[None]
@@ -93,7 +98,10 @@ def test_script_trains_and_prints_how_to_load_the_result(tmp_path, script):
     assert all(math.isfinite(value) for points in curves.values() for _, value in points)
     resolved = load_config(script.config_class, folder / "config.yml")
     sizes = ["micro_batch_tokens=4096", "generation_batch_size=256"] if script.key == "grpo" else []  # auto on a CPU
-    assert resolved == script.config(folder, "eval_size=64", *sizes)
+    assert resolved == script.config(folder, "model=tiny_model", *more, *sizes)
+    there = f"{script.key}_logs/run/config.yml"
+    process = Process(script, folder, "--config", there, "num_steps=5", patch=functools.partial(os.chdir, tmp_path))
+    assert process.wait() == 0 and "resuming after step 4" in process.out and last_step(folder) == 5, process.err
 
 
 def test_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, script, finished):
@@ -138,8 +146,9 @@ def test_dynamic_sampling_draws_on_until_enough_groups_differ_and_trains_on_thes
     spy, drawn = Mock(wraps=grpo_train.make_micro_batches), Mock(wraps=grpo_train.rollout)
     monkeypatch.setattr(grpo_train, "make_micro_batches", spy)
     monkeypatch.setattr(grpo_train, "rollout", drawn)
-    overrides = [f"dataset={data}", f"max_sampling_rounds={max_rounds}", "prompts_per_step=3", "max_new_tokens=8"]
-    folder = SCRIPTS["grpo"].train(tmp_path / "run", *overrides, "rewards={'test_scripts:only_even_sums': 1.0}")
+    overrides = [f"dataset={data}", "dataset_args={}", f"max_sampling_rounds={max_rounds}", "prompts_per_step=3"]
+    overrides += ["max_new_tokens=8", "rewards={'test_scripts:only_even_sums': 1.0}"]
+    folder = SCRIPTS["grpo"].train(tmp_path / "run", *overrides)
     rounds = [[problem.item["prompt"] for problem in call.args[1]] for call in drawn.call_args_list]
     epoch = [prompt for prompts in rounds for prompt in prompts][:40]
     assert len(set(epoch)) == len(epoch)
@@ -167,11 +176,13 @@ def test_dynamic_sampling_draws_on_until_enough_groups_differ_and_trains_on_thes
 
 def test_batch_sizes_of_the_rollout_change_no_weight(tmp_path, finished):
     # The `finished` run has population_batch=4.
-    batches = {"population_batch=1": "es", "population_batch=6": "es", "micro_batch_tokens=1": "grpo"}
-    for number, (override, key) in enumerate(batches.items()):
-        more, tolerance = (["generation_batch_size=1"], 2e-5) if key == "grpo" else ([], 0)  # different summation order
-        ours = model_weights(SCRIPTS[key].train(tmp_path / f"run{number}", override, *more))
-        torch.testing.assert_close(ours, model_weights(finished[key]), atol=tolerance, rtol=50 * tolerance)
+    batches, saved = {"population_batch=1": "es", "population_batch=6": "es"}, "checkpoints/step_000002/model"
+    for override, key in {**batches, "micro_batch_tokens=1 generation_batch_size=1": "grpo"}.items():
+        folder = SCRIPTS[key].train(tmp_path / override, *override.split(), stop_after=2)
+        ours, theirs = (model_weights(run, saved) for run in (folder, finished[key]))
+        for name, weight in theirs.items():
+            tolerance = 1e-3 if key == "grpo" else 0  # different summation order
+            assert (ours[name] - weight).norm() <= tolerance * weight.norm()
 
 
 @pytest.mark.parametrize("stop", ["[]", "['</answer>']"])
@@ -196,8 +207,8 @@ def test_plain_text_completion_ends_before_the_next_turn_in_rollouts_es_and_eval
 
     monkeypatch.setattr(generation, "_decode", begin)
     monkeypatch.setattr(generation, "sample", write)
-    overrides = [f"model={tmp_path / 'base'}", f"dataset={tmp_path / 'sevens.jsonl'}", f"stop={stop}", "eval_size=2"]
-    curves = scalars(script.train(tmp_path / "run", *overrides))
+    data = [f"dataset={tmp_path / 'sevens.jsonl'}", "dataset_args={}", "eval_size=2"]
+    curves = scalars(script.train(tmp_path / "run", f"model={tmp_path / 'base'}", f"stop={stop}", *data))
     length = next(
         n for n in range(99) if tokenizer.decode(written[:n]).endswith("User:" if stop == "[]" else "</answer>")
     )
@@ -218,7 +229,7 @@ def test_recipe_trains_the_embedded_model_and_its_suggested_models_load(recipe, 
     for split in ("train", "test"):
         problems = [{"question": f"What is {i} plus 2?", "answer": f"It is {i}+2.\n#### {i + 2}"} for i in range(9)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, problems)))
-    sizes = "num_steps=2 eval_size=4 max_new_tokens=16 device=cpu"
+    sizes = "num_steps=2 eval_size=4 max_new_tokens=16 device=cpu" + " dataset_args.size=40" * ("math" in recipe.stem)
     more = {"grpo": " prompts_per_step=4 warmup_steps=1", "es": " prompts_per_step=4 population_size=4"}
     sizes += more[script.key]
     where = [f"model={TINY}", f"log_dir={tmp_path}", "run_name=run"]
@@ -226,22 +237,6 @@ def test_recipe_trains_the_embedded_model_and_its_suggested_models_load(recipe, 
     script.module.main(load_config(script.config_class, recipe, [*sizes.split(), *where]))
     assert [step for step, _ in scalars(tmp_path / "run")["reward/mean"]] == [1, 2]
     assert (tmp_path / "run" / "model" / "tokenizer.json").is_file()
-
-
-def test_script_runs_from_another_folder_with_what_lies_there(tmp_path):
-    (tmp_path / "my_rewards.py").write_text(
-        "def length(completions, **columns): return [len(x) for x in completions]\n"
-    )
-    problems = [{"prompt": f"Compute {i}+1", "answer": str(i + 1)} for i in range(20)]
-    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, problems)))
-    small = "--prompts_per_step=2 group_size=2 max_new_tokens=4 lr_schedule=constant warmup_steps=0 device=cpu"
-    small += " dataset=sums.jsonl rewards={my_rewards:length:1}"
-    script = ROOT / "grpo_train.py"
-    out = run(f"python {script} {small} num_steps=1 2>&1", tmp_path)
-    (folder,) = (tmp_path / "grpo_logs").iterdir()
-    assert "model   tiny_model, 835,712 parameters" in out and (folder / "model").is_dir()
-    out = run(f"python {script} --config {folder.relative_to(tmp_path)}/config.yml num_steps=2 2>&1", tmp_path)
-    assert "resuming after step 1" in out and last_step(folder) == 2
 
 
 def test_ctrl_c_while_libraries_are_imported_shows_no_traceback(script):
@@ -282,7 +277,7 @@ def test_bad_input_ends_with_one_line(tmp_path, capfd, monkeypatch, argument, me
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(signal, "signal", lambda *arguments: None)  # keep pytest's handlers
-    arguments = ["grpo_train.py", f"log_dir={tmp_path / 'logs'}", "run_name=run", argument]
+    arguments = ["grpo_train.py", f"log_dir={tmp_path / 'logs'}", "run_name=run", "dataset_args.size=20", argument]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as error:
         utils.run_from_command_line(grpo_train.main, grpo_train.GRPOConfig, "grpo_config.yml")
@@ -307,12 +302,18 @@ def test_error_in_edited_code_shows_its_traceback_and_location_and_keeps_the_log
     assert all(logged == [1] for tag, logged in steps.items() if not tag.startswith(("eval/", "time/evaluate")))
 
 
-def test_script_without_its_docstring_shows_its_help_and_importing_it_starts_nothing(tmp_path, script):
+def test_script_without_its_docstring_shows_its_help(tmp_path, script):
     path = tmp_path / f"{script.name}.py"
     path.write_text((ROOT / path.name).read_text().split('"""', 2)[2])
     process = Process(script, tmp_path / "run", "--help", path=path)
     assert process.wait() == 0 and "key=value" in process.out and not process.err
-    assert run(f"python -B -c 'import {script.name}' 2>&1") == "" and not (tmp_path / "run").exists()
+
+
+def test_importing_a_script_starts_nothing(script, capfd, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", Mock())
+    runpy.run_path(str(ROOT / f"{script.name}.py"))
+    assert not any(capfd.readouterr()) and not list(tmp_path.iterdir()) and not signal.signal.called
 
 
 # Multiple processes (gloo, CPU)
@@ -362,11 +363,11 @@ def seen(folder, rank):
 
 MULTI_PROCESS = {
     # Five prompts and seven evaluation problems do not divide by two. Sequence means and the KL have their own sums.
-    "grpo": ["eval_size=7", "prompts_per_step=5", "seed=2"],
-    "grpo-sequence": ["eval_size=7", "prompts_per_step=5", "kl_weight=0.05", "loss_normalization=sequence"],
-    "grpo-dynamic": ["eval_size=7", "prompts_per_step=5", "max_sampling_rounds=3", "rewards={accuracy: 1}", "seed=2"],
-    "es": ["eval_size=7", "population_size=5"],
-    "es-gaussian": ["eval_size=7", "perturbation=gaussian", "antithetic=true"],
+    "grpo": ["prompts_per_step=5"],
+    "grpo-sequence": ["prompts_per_step=5", "kl_weight=0.05", "loss_normalization=sequence"],
+    "grpo-dynamic": ["prompts_per_step=5", "max_sampling_rounds=3", "rewards={accuracy: 1}", "seed=3"],
+    "es": ["population_size=5"],
+    "es-gaussian": ["perturbation=gaussian", "antithetic=true"],
 }
 
 
@@ -375,7 +376,7 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path, way):
     script, folders = SCRIPTS[way.partition("-")[0]], {}
     for number in (1, 2):
         folders[number] = folder = tmp_path / str(number) / "run"
-        processes = start_processes(number, script, folder, *MULTI_PROCESS[way])
+        processes = start_processes(number, script, folder, "num_steps=2", "eval_size=7", *MULTI_PROCESS[way])
         assert [process.wait() for process in processes] == [0] * number, processes[0].err
         assert f"device  {number} x cpu" in processes[0].out
         assert "Held-out accuracy" in processes[0].out and all(not process.out for process in processes[1:])
@@ -383,21 +384,21 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path, way):
     alone, first, second = seen(folders[1], 0), seen(folders[2], 0), seen(folders[2], 1)
 
     # All processes have the same weights after every step. With ES, so does a single process.
-    assert first["weights"] == second["weights"] and len(set(first["weights"])) >= 4
+    assert first["weights"] == second["weights"] and len(set(first["weights"])) == 3
     if script.key == "es":
         assert first["weights"] == alone["weights"]
         assert_same_run(folders[2], folders[1])
     else:
         one, two = (torch.tensor(run["gradients"][0], dtype=torch.float64) for run in (alone, first))
-        assert first["gradients"] == second["gradients"] and len(first["gradients"]) == 4
-        assert float((one - two).norm() / one.norm()) < (2e-6 if "sequence" in way else 1e-6)
+        assert first["gradients"] == second["gradients"] and len(first["gradients"]) == 2
+        assert float((one - two).norm() / one.norm()) < 2e-6
         curves, other_curves = scalars(folders[1]), scalars(folders[2])
         assert curves.keys() == other_curves.keys()
         for tag in curves:
             if not tag.startswith(("time/", "throughput/", "progress/seconds")):
                 rounding = 1e-5 if "sampler_gap" in tag else 1e-6  # this metric is pure rounding error
-                expected = pytest.approx([v for _, v in curves[tag][:2]], rel=1e-4, abs=rounding)
-                assert [v for _, v in other_curves[tag][:2]] == expected, tag
+                expected = pytest.approx([v for _, v in curves[tag]], rel=1e-4, abs=rounding)
+                assert [v for _, v in other_curves[tag]] == expected, tag
     if way == "grpo-dynamic":  # a second round, with the same gradient
         assert curves["progress/prompts"][0][1] > 5
     # No problem is evaluated twice.

@@ -471,7 +471,8 @@ def test_everything_that_needs_no_model_is_checked_before_one_is_loaded(tmp_path
     monkeypatch.setattr(utils, "load_model", Mock(side_effect=ZeroDivisionError))  # reached only without an error
 
     def refuse(message, **values):
-        config = GRPOConfig(**{"device": "cpu", "log_dir": str(tmp_path), **values})
+        values = {"device": "cpu", "log_dir": str(tmp_path), "dataset_args": {"size": 20}, **values}
+        config = GRPOConfig(**values)
         with pytest.raises(UserError, match=message):
             grpo_train.main(config)
 
