@@ -37,7 +37,6 @@ Shapes: P prompts, G completions per prompt, B rows of all groups, b rows in a m
 import contextlib
 import copy
 import dataclasses
-import functools
 import itertools
 import math
 import os
@@ -50,7 +49,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import Linear as LoraLinear
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
@@ -58,7 +56,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 import utils
-from generation import LENGTH_BUCKET, Completions, completion_log_probs, generate, inner_model, shares_prompts
+from generation import Completions, completion_log_probs, generate, group_adapters, inner_model, shares_prompts
 from reward import UserError
 from runs import Run, check_folder, run_identity
 from utils import draw_problems, gather_scores, non_finite, schedule_factor, score_completions, share
@@ -171,22 +169,19 @@ def make_policy(model, lora, gradient_checkpointing):
 
     If the model was loaded with an adapter, train that adapter. A frozen copy of the adapter is the reference policy.
     """
-    linear = (torch.nn.Linear, Conv1D)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, linear) and ".lora_" not in name}
-    if isinstance(model, PeftModel):
+    if isinstance(model, PeftModel) and lora is None:
+        model = model.merge_and_unload().requires_grad_(True)
+    elif isinstance(model, PeftModel):
         settings = model.peft_config["default"]
-        own = LoRA(rank=settings.r, alpha=settings.lora_alpha, target_modules=sorted(settings.target_modules))
-        head = model.get_output_embeddings()
-        without = [m for name, m in layers.items() if not name.endswith(".base_layer") and m is not head]
-        is_all = lora and lora.target_modules == "all-linear" and not without
-        targets = own.target_modules if is_all else lora and sorted(lora.target_modules)
-        if lora is None or {**dict(lora), "target_modules": targets} != dict(own):
-            raise UserError(f"lora: {lora}: expected {own}, as in the adapter that training starts from")
+        shape = f"rank={settings.r} alpha={settings.lora_alpha}"
+        utils.say_once(f"lora    that of the model is trained, {shape}, {', '.join(sorted(settings.target_modules))}")
         model.add_adapter("reference", settings)
         weights = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
         set_peft_model_state_dict(model, weights, "reference")
         model.set_adapter("default")
     elif lora is not None:
+        linear = (torch.nn.Linear, Conv1D)
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, linear)}
         targets = [] if lora.target_modules == "all-linear" else lora.target_modules
         for target in targets:
             if not any(f".{name}".endswith(f".{target}") for name in layers):
@@ -196,94 +191,13 @@ def make_policy(model, lora, gradient_checkpointing):
         shape = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": lora.target_modules}
         shape["fan_in_fan_out"] = any(isinstance(layer, Conv1D) for layer in layers.values())  # GPT-2
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **shape))
-    model.eval()  # no dropout, in a loaded adapter either; gradients still flow
-    model.adapter_groups = group_adapters(model)
+    model.eval()  # no dropout, not in a loaded adapter either; gradients still flow
+    model.adapter_groups = group_adapters(model)  # for speed
     if gradient_checkpointing:
         inner_model(model).gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        for module in model.modules():  # transformers recomputes only layers in train mode
+            module.training = isinstance(module, GradientCheckpointingLayer)
     return model
-
-
-class AdapterGroup:
-    """LoRA adapters of layers that read the same input, such as q, k and v: their A in one matrix product.
-
-    y = W x + scaling * B (A x), in fewer operations than PEFT's own forward pass.
-    """
-
-    def __init__(self, layers):
-        self.layers, self.input, self.packed, self.is_sampling, self.originals = layers, None, None, False, {}
-        for layer in layers:
-            layer.forward = functools.partial(self.forward, layer)
-            layer.lora_A["default"].weight.is_packed = layer.lora_B["default"].weight.is_packed = True
-
-    def weights(self, name):
-        """Return the A of all layers as one matrix (sum of r, in), and the B of each, (out, r), in one list."""
-        A = [layer.lora_A[name].weight for layer in self.layers]
-        return [torch.cat(A) if len(A) > 1 else A[0], *(layer.lora_B[name].weight for layer in self.layers)]
-
-    @torch.no_grad()
-    def start_sampling(self, merge):
-        """Merge the adapters into copies of W, or copy them to fixed addresses in W's dtype to save casts."""
-        for layer in self.layers if merge else []:
-            base = layer.base_layer
-            self.originals[base] = base.weight
-            merged = base.weight + layer.get_delta_weight("default")
-            base.weight = torch.nn.Parameter(merged, requires_grad=False)
-        if not merge:
-            weights, dtype = self.weights("default"), self.layers[0].weight.dtype
-            self.packed = self.packed or [torch.empty_like(x, dtype=dtype) for x in weights]
-            for packed, x in zip(self.packed, weights, strict=True):
-                packed.copy_(x)
-            self.is_sampling = True
-
-    def stop_sampling(self):
-        for base, weight in self.originals.items():
-            base.weight = weight
-        self.originals, self.is_sampling = {}, False
-
-    def forward(self, layer, x):
-        y = layer.base_layer(x)
-        if self.originals or layer.merged or layer.disable_adapters:
-            return y
-        (name,) = layer.active_adapters
-        if self.input is not x:  # the first of the layers: compute A x for all
-            A, *B = self.packed if self.is_sampling else self.weights(name)
-            self.input, sizes = x, [layer.r[name] for layer in self.layers]
-            inner = F.linear(x, A).split(sizes, -1)
-            self.inner = {layer: pair for layer, *pair in zip(self.layers, inner, B, strict=True)}
-        inner, B = self.inner.pop(layer)  # (..., r), (out, r)
-        self.input = x if self.inner else None
-        return torch.addmm(y.flatten(0, -2), inner.flatten(0, -2), B.T, alpha=layer.scaling[name]).view_as(y)
-
-
-@torch.no_grad()
-def group_adapters(model):
-    """Replace the forward pass of plain LoRA layers. One pass through the model shows which ones share their input."""
-    groups = {}  # {id of an input: (the input, kept alive so that ids differ, [its layers])}
-    layers = [m for m in model.modules() if type(m) is LoraLinear and not (m.lora_variant or any(m.lora_bias.values()))]
-
-    def note_input(layer, args):
-        groups.setdefault(id(args[0]), (args[0], []))[1].append(layer)
-
-    hooks = [layer.register_forward_pre_hook(note_input) for layer in layers]
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
-        model(input_ids=torch.arange(8, device=model.device)[None], use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return [AdapterGroup(group) for _, group in groups.values()]
-
-
-@contextlib.contextmanager
-def sampling_adapter(model):
-    """Prepare the adapter for sampling: the same policy in fewer operations.
-
-    In fp32 on a CPU, merge it into the weights; in bf16, rounding the sum would change the policy.
-    """
-    merge = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
-    with contextlib.ExitStack() as stack:
-        for group in model.adapter_groups:
-            stack.callback(group.stop_sampling)
-            group.start_sampling(merge)
-        yield
 
 
 @contextlib.contextmanager
@@ -300,24 +214,13 @@ def reference_policy(model, frozen_copy):
             yield model
 
 
-@contextlib.contextmanager
-def checkpointed_layers(model):
-    """Put checkpointed layers, not their submodules, into train mode: transformers recomputes no layer in eval mode."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for layer in layers:
-        layer.training = layer.gradient_checkpointing
-    yield
-    for layer in layers:
-        layer.training = False
-
-
 # --- Rollout and update -----------------------------------------------------------------------------------------------
 
 
 def rollout(policy, problems, uniforms, settings, accelerator):
     """Sample G completions of each problem. uniforms: (P, G, max_new_tokens)"""
     prompts, G = [problem.ids for problem in problems], uniforms.shape[1]
-    with sampling_adapter(policy), accelerator.autocast():
+    with accelerator.autocast():
         return generate(policy, prompts, settings, num_samples=G, uniforms=uniforms.flatten(0, 1))
 
 
@@ -400,7 +303,7 @@ def micro_batch_loss(model, batch, config, frozen_copy, autocast):
 
     In the first update, record the log-probs as pi_old in the batch, and compute those of the reference.
     """
-    with checkpointed_layers(model), autocast():
+    with autocast():
         log_probs, entropy = completion_log_probs(model, batch.ids, batch.mask, config.temperature)
     values = {"entropy": entropy}  # {name: (b, T)}
     if batch.old_log_probs is None:
@@ -439,17 +342,13 @@ def update(policy, optimizer, micro_batches, config, frozen_copy, accelerator, v
     finite and no step was taken.
     """
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    losses, settings = torch.zeros(2, device=accelerator.device), inner_model(policy).config
-    decoding = settings._attn_implementation
-    if config.attention == "flash":  # the backward pass, too, since gradient checkpointing repeats the forward pass
-        settings._attn_implementation = "flash"
+    losses = torch.zeros(2, device=accelerator.device)
     for batch in micro_batches:
         loss, kl_term, batch_values = micro_batch_loss(policy, batch, config, frozen_copy, accelerator.autocast)
         loss.backward()
         losses += torch.stack([loss.detach(), kl_term])
         for name, value in batch_values.items():
             values[name].append(value)
-    settings._attn_implementation = decoding
     utils.sum_gradients(parameters, accelerator)
     losses = accelerator.reduce(losses)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
@@ -536,7 +435,7 @@ def train(config, setup, run, optimizer, frozen_copy=None):
             prompts = [problem.ids for problem in problems]
             local = prompts, completions, advantages[own].flatten(), loss_weights[own].flatten()
             num_slots = max(map(len, prompts)) + config.max_new_tokens
-            can_share = config.attention == "flash" or shares_prompts(inner_model(policy), num_slots)
+            can_share = shares_prompts(inner_model(policy), num_slots)
             batches = make_micro_batches(*local, config.micro_batch_tokens, can_share)
             for _ in range(K if loss_weights.any() else 0):
                 if not skipped:
@@ -560,32 +459,6 @@ def train(config, setup, run, optimizer, frozen_copy=None):
         run.log(step, scores, metrics, skipped, num_prompts=len(tied), signal_share=float(has_signal.sum() / P))
 
 
-def fit_to_memory(config, policy, longest_prompt, free):
-    """Return the config with numbers for `auto` in micro_batch_tokens and generation_batch_size.
-
-    They share four fifths of the free bytes, up to the size of a step. A position of the backward pass takes 1.5 times
-    the bytes in the comment of grpo_config.yml; a row has its cache, its logits and the activations of its prefill.
-    """
-    shape, size = policy.config.get_text_config(), {"float32": 4, "bfloat16": 2}[config.dtype]
-    L, hidden = shape.num_hidden_layers, shape.hidden_size
-    inner = getattr(shape, "intermediate_size", 4 * hidden)
-    num_slots, num_rows = longest_prompt + config.max_new_tokens, config.prompts_per_step * config.group_size
-    head_dim = getattr(shape, "head_dim", None) or hidden // shape.num_attention_heads
-    kv_heads = getattr(shape, "num_key_value_heads", shape.num_attention_heads)
-    cache = 2 * size * L * kv_heads * head_dim * (num_slots + LENGTH_BUCKET + longest_prompt)
-    per_row = cache + 12 * shape.vocab_size + size * longest_prompt * (3 * inner + 2 * hidden)
-    per_layer = 44 * hidden + 8 * inner if size == 2 else 63 * hidden + 16 * inner
-    per_position = 1.5 * (L * size * hidden + per_layer if config.gradient_checkpointing else L * per_layer)
-    num_trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
-    budget = 0.8 * free - 12 * num_trained - 2**29  # gradient and AdamW's moments; chunks of logits
-    rows = min(max(num_rows, config.eval_size), int(0.4 * budget / per_row))
-    tokens = min(num_rows * num_slots, int((budget - rows * per_row) / per_position))
-    if rows < 1 or tokens < 1:
-        raise UserError(f"micro_batch_tokens: auto: {free / 2**30:.1f} GiB of free GPU memory are too little")
-    found = {"generation_batch_size": rows, "micro_batch_tokens": tokens}
-    return config.model_copy(update={key: value for key, value in found.items() if getattr(config, key) == "auto"})
-
-
 def main(config):
     check_folder(config)
     # Train fp32 weights, since bf16 would round most updates away. PEFT keeps adapters of a bf16 model in fp32.
@@ -599,22 +472,15 @@ def main(config):
     utils.check_chunked_head(setup.model)
     identity = run_identity(config, setup)  # of the model before it gets an adapter
     setup.model = policy = make_policy(setup.model, config.lora, config.gradient_checkpointing)
+    if config.attention == "flash":  # in the update, see `completion_log_probs`
+        inner_model(policy).config._attn_implementation = "flash"
     trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
     frozen_copy = copy.deepcopy(policy).requires_grad_(False) if config.lora is None and config.kl_weight else None
-    if on_gpu:
-        longest = max(len(problem.ids) for problem in setup.train_set + setup.test_set)
-        config = fit_to_memory(config, policy, longest, torch.cuda.mem_get_info(setup.accelerator.device)[0])
-        sizes = f"{config.micro_batch_tokens:,}, generation_batch_size {config.generation_batch_size:,}"
-        utils.say_once(f"memory  micro_batch_tokens {sizes}")
-    else:
-        small = {"micro_batch_tokens": 4096, "generation_batch_size": 256}
-        config = config.model_copy(update={key: n for key, n in small.items() if getattr(config, key) == "auto"})
+    longest = max(len(problem.ids) for problem in setup.train_set + setup.test_set)
+    free = torch.cuda.mem_get_info(setup.accelerator.device)[0] if on_gpu else None
+    config = utils.fit_to_memory(config, policy, longest, free)
     setup.settings.batch_size = config.generation_batch_size
     optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
-
-    def evaluate():
-        with sampling_adapter(policy):
-            return utils.evaluate(setup)
 
     run = Run(
         config,
@@ -622,7 +488,7 @@ def main(config):
         identity,
         step_text=f"{config.prompts_per_step} prompts x {config.group_size} completions",
         weights=trained,
-        evaluate=evaluate,
+        evaluate=lambda: utils.evaluate(setup),
         save=lambda path: save_progress(path, setup, optimizer),
         load=lambda path, _: load_progress(path, setup, optimizer, trained),
     )

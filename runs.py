@@ -458,10 +458,10 @@ def resume_command(folder):
 
 def check_folder(config):
     """Return the path of the run's folder. Raise UserError if it holds anything but a run that may resume."""
-    folder = Path(config.log_dir) / (config.run_name or time.strftime("%Y-%m-%d_%H-%M-%S"))
+    folder = Path(config.log_dir) / (config.run_name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}")
     try:
         existing = next(path for path in [folder, *folder.parents] if path.exists())
-        found = set(os.listdir(existing)) - {"run.lock"} if existing == folder and config.run_name else None
+        found = set(os.listdir(existing)) - {"run.lock"} if existing == folder else None
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise PermissionError(f"{existing} is not a folder that can be written to")
     except (OSError, ValueError) as error:
@@ -476,15 +476,11 @@ def open_folder(config):
 
     Return the folder, the config that resumes the run, and the lock.
     """
-    while True:
-        folder = check_folder(config)
-        try:
-            folder.mkdir(parents=True, exist_ok=bool(config.run_name))
-            break
-        except FileExistsError:  # another run has started in this second
-            time.sleep(1)
-        except OSError as error:
-            raise UserError(f"log_dir: {folder} cannot be created: {one_line(error)}") from None
+    folder = check_folder(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"log_dir: {folder} cannot be created: {one_line(error)}") from None
     lock = filelock.FileLock(folder / "run.lock", timeout=0, is_singleton=True)
     try:
         lock.acquire()
@@ -545,14 +541,9 @@ def check_identity(folder, ours, theirs):
 
 def check_model(folder, step):
     """Raise UserError if resuming after `step` would overwrite the trained model of a later step."""
-    if (folder / "model").exists():
-        try:
-            saved = json.loads((folder / "model" / EVALUATION).read_text())["step"]
-        except (OSError, ValueError, KeyError, TypeError):
-            saved = math.inf  # unknown
-        if saved > step:
-            lost = f"the run's state after step {max(step, 0)} is lost"
-            raise UserError(f"resume: {folder / 'model'} is complete, but {lost}; move it away to train again")
+    if (folder / "model").exists() and json.loads((folder / "model" / EVALUATION).read_text())["step"] > step:
+        lost = f"the run's state after step {max(step, 0)} is lost"
+        raise UserError(f"resume: {folder / 'model'} is complete, but {lost}; move it away to train again")
 
 
 def write_file(path, text):

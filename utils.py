@@ -50,7 +50,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from datasets import make_dataset
-from generation import DecodeSettings, generate, inner_model
+from generation import LENGTH_BUCKET, DecodeSettings, generate, inner_model
 from reward import UserError, lenient_correct, reference_value, score, strict_correct
 
 # Hide the bars of weight loading, and a deprecation warning that PEFT triggers.
@@ -557,6 +557,38 @@ def answer_start(tokenizer):
     text = _apply_template(tokenizer, [[{"role": "user", "content": "?"}]])[0]
     found = re.search(r"<think>\s*(</think>)?\s*$", text)
     return "".join(found[0].split()) if found else ""
+
+
+def fit_to_memory(config, policy, longest_prompt, free):
+    """Return the GRPOConfig with numbers for `auto` in micro_batch_tokens and generation_batch_size.
+
+    free: bytes of the GPU, or None on a CPU, where batches should fit its caches
+    The sizes share four fifths of the free bytes, up to the size of a step. A position of the backward pass takes 1.5
+    times the bytes in the comment of grpo_config.yml; a row has its cache, its logits and its prefill's activations.
+    """
+    auto = [key for key in ("micro_batch_tokens", "generation_batch_size") if getattr(config, key) == "auto"]
+    if free is None:
+        found = {"micro_batch_tokens": 4096, "generation_batch_size": 256}
+        return config.model_copy(update={key: found[key] for key in auto})
+    shape, size = policy.config.get_text_config(), {"float32": 4, "bfloat16": 2}[config.dtype]
+    L, hidden = shape.num_hidden_layers, shape.hidden_size
+    inner = getattr(shape, "intermediate_size", 4 * hidden)
+    num_slots, num_rows = longest_prompt + config.max_new_tokens, config.prompts_per_step * config.group_size
+    head_dim = getattr(shape, "head_dim", None) or hidden // shape.num_attention_heads
+    kv_heads = getattr(shape, "num_key_value_heads", shape.num_attention_heads)
+    cache = 2 * size * L * kv_heads * head_dim * (num_slots + LENGTH_BUCKET + longest_prompt)
+    per_row = cache + 12 * shape.vocab_size + size * longest_prompt * (3 * inner + 2 * hidden)
+    per_layer = 44 * hidden + 8 * inner if size == 2 else 63 * hidden + 16 * inner
+    per_position = 1.5 * (L * size * hidden + per_layer if config.gradient_checkpointing else L * per_layer)
+    num_trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+    budget = 0.8 * free - 12 * num_trained - 2**29  # gradient and AdamW's moments; chunks of logits
+    rows = min(max(num_rows, config.eval_size), int(0.4 * budget / per_row))
+    tokens = min(num_rows * num_slots, int((budget - rows * per_row) / per_position))
+    if rows < 1 or tokens < 1:
+        raise UserError(f"micro_batch_tokens: auto: {free / 2**30:.1f} GiB of free GPU memory are too little")
+    found = {"micro_batch_tokens": tokens, "generation_batch_size": rows}
+    say_once(f"memory  micro_batch_tokens {tokens:,}, generation_batch_size {rows:,} fit")
+    return config.model_copy(update={key: found[key] for key in auto})
 
 
 def draw_problems(problems, start, count, seed):

@@ -360,8 +360,6 @@ def test_captured_steps_give_the_tokens_of_the_eager_loop(kind):
 
     def decode(how):
         how.stop_ids = [EOS, *range(7, 10)]
-        for group in model.adapter_groups if kind == "lora" else []:
-            group.start_sampling(merge=False)
         return generate(model, PROMPTS, how, G, draws(len(PROMPTS) * G))
 
     completions, ((captures, replays), *later) = captured_as_eager(decode)

@@ -233,7 +233,7 @@ def test_a_run_whose_problems_moved_resumes_with_their_new_path_but_not_with_oth
 # Damage
 
 
-@pytest.mark.parametrize("lost", ["checkpoints", "newest", "journal", "evaluation", "all but best"])
+@pytest.mark.parametrize("lost", ["checkpoints", "newest", "journal", "all but best"])
 def test_finished_model_is_never_overwritten_after_its_state_is_lost(tmp_path, script, finished, lost):
     folder = shutil.copytree(finished[script.key], tmp_path / "run")
     if lost == "journal":
@@ -243,10 +243,6 @@ def test_finished_model_is_never_overwritten_after_its_state_is_lost(tmp_path, s
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         (folder / "best").mkdir(exist_ok=True)
-    elif lost == "evaluation":  # and all of the state, so that nothing tells which step the model is of
-        (folder / "model" / "evaluation.json").write_text("{}")
-        shutil.rmtree(folder / "checkpoints")
-        (folder / "journal.jsonl").unlink(missing_ok=True)
     else:
         shutil.rmtree(folder / "checkpoints" if lost == "checkpoints" else checkpoint_folders(folder)[4])
     if script.key == "es" and lost == "newest":  # the journal still has the last step

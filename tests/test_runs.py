@@ -273,9 +273,10 @@ def test_folder_is_made_or_reopened_and_never_one_with_anything_else_in_it(tmp_p
     (tmp_path / "empty").mkdir()
     for name in ("new", "new", "empty", "killed", "begun"):
         assert find(run_name=name) == tmp_path / name and (tmp_path / name).is_dir()
-    monkeypatch.setattr(time, "strftime", Mock(side_effect=["begun", "begun", "later"]))  # in the same second
-    monkeypatch.setattr(time, "sleep", Mock())
-    assert find(run_name=None).name == "later"
+    monkeypatch.setattr(time, "strftime", Mock(return_value="now"))  # runs that start in the same second
+    for number in (1, 2):
+        monkeypatch.setattr(os, "getpid", Mock(return_value=number))
+        assert find(run_name=None).name == f"now_{number}"
     for values in ({"run_name": "begun", "resume": "never"}, {"run_name": "foreign"}, {"run_name": "other"}):
         with pytest.raises(UserError, match="(begun|foreign|other) already exists; choose another name or delete it"):
             find(**values)
