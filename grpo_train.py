@@ -167,7 +167,8 @@ def kl_estimate(log_probs, ref_log_probs):
 def make_policy(model, lora, gradient_checkpointing):
     """Return the model with gradients enabled for a LoRA adapter, or for all parameters if `lora` is None.
 
-    If the model was loaded with an adapter, train that adapter. A frozen copy of the adapter is the reference policy.
+    If the model was loaded with an adapter, train that one, whatever `lora` asks for; a frozen copy of it is the
+    reference policy. With `lora` None, merge it.
     """
     if isinstance(model, PeftModel) and lora is None:
         model = model.merge_and_unload().requires_grad_(True)
@@ -444,13 +445,10 @@ def train(config, setup, run, optimizer, frozen_copy=None):
                     )
 
         # 5. Log.
-        token_stats = utils.summarize(values, accelerator)  # {name: (mean, min, max)}
         metrics = {
             "reward/group_std": rewards.std(dim=1).mean(),
             "reward/zero_variance_groups": tied.float().mean(),
-            **{f"policy/{name}": mean for name, (mean, _, _) in token_stats.items()},
-            **{f"policy/{name}_min": low for name, (_, low, _) in token_stats.items() if name in EXTREMES},
-            **{f"policy/{name}_max": high for name, (_, _, high) in token_stats.items() if name in EXTREMES},
+            **{f"policy/{name}": value for name, value in utils.summarize(values, EXTREMES, accelerator).items()},
             "optim/loss": losses[0],
             "optim/kl_term": losses[1],
             "optim/grad_norm": grad_norm,

@@ -265,12 +265,11 @@ def set_up(config, weights_dtype, autocast=False, **settings):
         raise UserError("device: cuda: PyTorch finds no GPU; use cpu or auto")
     # Without cpu=True, processes on a CPU would not form a group.
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
-        if os.environ.get(name, "1") != "1" and not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
-            raise UserError(f"the environment has {name}={os.environ[name]}: start with torchrun, or unset {name}")
-    if "LOCAL_RANK" in os.environ and "MASTER_ADDR" not in os.environ:
-        raise UserError("the environment has LOCAL_RANK: start with torchrun, or unset LOCAL_RANK")
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if autocast else "no")
+    try:
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if autocast else "no")
+    except ValueError as error:  # the environment names several processes, but not where they meet
+        advice = "start with torchrun, or unset WORLD_SIZE, PMI_SIZE and LOCAL_RANK"
+        raise UserError(f"environment: {one_line(error)}; {advice}") from None
     try:
         splits = [make_dataset(config.dataset, split, config.dataset_args) for split in ("train", "test")]
     except ValidationError as error:
@@ -697,14 +696,19 @@ def sum_gradients(parameters, accelerator):
         parameter.grad = grad.view_as(parameter)
 
 
-def summarize(values, accelerator):
-    """Return {name: (mean, min, max)} of {name: list of 1-D tensors} over all processes. Omit names without values."""
+def summarize(values, extremes, accelerator):
+    """Return the means of {name: list of 1-D tensors} over all processes, and NAME_min and NAME_max of `extremes`.
+
+    Omit names without values.
+    """
     summary = {}
     for name, parts in values.items():
         x = torch.cat([torch.zeros(0, device=accelerator.device), *parts]).float()
-        extremes = torch.stack([x.min(), x.max()]) if len(x) else x.new_tensor([torch.inf, -torch.inf])
+        ends = torch.stack([x.min(), x.max()]) if len(x) else x.new_tensor([torch.inf, -torch.inf])
         total, count = accelerator.reduce(x.new_tensor([x.sum(), len(x)])).tolist()
-        extremes = accelerator.gather(extremes[None])  # (processes, 2)
+        ends = accelerator.gather(ends[None])  # (processes, 2)
         if count:
-            summary[name] = (total / count, extremes[:, 0].min().item(), extremes[:, 1].max().item())
+            summary[name] = total / count
+        if count and name in extremes:
+            summary |= {f"{name}_min": ends[:, 0].min().item(), f"{name}_max": ends[:, 1].max().item()}
     return summary

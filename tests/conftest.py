@@ -57,10 +57,6 @@ hypothesis.settings.register_profile("tests", max_examples=NUM_EXAMPLES, derando
 hypothesis.settings.load_profile("tests")
 
 
-def pytest_addoption(parser):
-    parser.addoption("--screenshots", metavar="FOLDER", help="where the tests of TensorBoard save screenshots")
-
-
 def make_model(seed=0, dtype=torch.float32, family="qwen2", **settings):
     """Make a random model with grouped-query attention and weights large enough that its samples do not collapse."""
     torch.manual_seed(seed)

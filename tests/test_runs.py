@@ -157,27 +157,15 @@ def test_any_exception_for_a_full_disk_is_one_line_unless_a_reward_function_rais
         last_line(monkeypatch, SCRIPTS["grpo"], lambda config: score({"failing": 1.0}, ["7"], items))
 
 
-@pytest.mark.parametrize("where", ["grpo rollout", "grpo update", "es rollout"])
-def test_out_of_gpu_memory_ends_the_run_with_one_line_that_names_the_keys(tmp_path, monkeypatch, where):
-    script, refused, honest = SCRIPTS[where.split()[0]], [], utils.load_model
-
-    def refuse(module, inputs, *outputs):
-        if "update" in where or len(inputs[0]) > 8:  # evaluation fits in memory, a rollout does not
-            refused.append(module)
-            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB.")
-
-    def load_model(*arguments):
-        model = honest(*arguments)
-        layer = model.model.layers[1]
-        layer.register_full_backward_hook(refuse) if "update" in where else layer.register_forward_pre_hook(refuse)
-        return model
-
-    monkeypatch.setattr(utils, "load_model", load_model)
-    assert last_line(monkeypatch, script, lambda config: script.train(tmp_path / "run")) == (
+@pytest.mark.parametrize(("key", "where"), [("grpo", "rollout"), ("grpo", "update"), ("es", "rollout")])
+def test_out_of_gpu_memory_ends_the_run_with_one_line_that_names_the_keys(tmp_path, monkeypatch, key, where):
+    refuse = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB."))
+    monkeypatch.setattr(SCRIPTS[key].module, where, refuse)
+    assert last_line(monkeypatch, SCRIPTS[key], lambda config: SCRIPTS[key].train(tmp_path / "run")) == (
         "error: out of GPU memory: lower max_new_tokens or the keys of Memory and speed "
         "(CUDA out of memory. Tried to allocate 9 GiB.)"
     )
-    assert len(refused) == 1  # nothing is retried
+    assert refuse.call_count == 1  # nothing is retried
 
 
 # Steps with a non-finite reward, loss or gradient
@@ -273,10 +261,8 @@ def test_folder_is_made_or_reopened_and_never_one_with_anything_else_in_it(tmp_p
     (tmp_path / "empty").mkdir()
     for name in ("new", "new", "empty", "killed", "begun"):
         assert find(run_name=name) == tmp_path / name and (tmp_path / name).is_dir()
-    monkeypatch.setattr(time, "strftime", Mock(return_value="now"))  # runs that start in the same second
-    for number in (1, 2):
-        monkeypatch.setattr(os, "getpid", Mock(return_value=number))
-        assert find(run_name=None).name == f"now_{number}"
+    monkeypatch.setattr(time, "strftime", Mock(return_value="now"))
+    assert find(run_name=None).name == f"now_{os.getpid()}"  # processes that start in the same second differ
     for values in ({"run_name": "begun", "resume": "never"}, {"run_name": "foreign"}, {"run_name": "other"}):
         with pytest.raises(UserError, match="(begun|foreign|other) already exists; choose another name or delete it"):
             find(**values)

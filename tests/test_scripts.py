@@ -23,14 +23,12 @@ import torch
 from accelerate.utils import set_seed
 from conftest import ROOT, SCRIPTS, TINY, Process, assert_same_run, last_step, model_weights, scalars
 from peft import PeftModel
-from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import generation
 import grpo_train
 import runs
 import utils
-from runs import completion_table
 from utils import load_config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -546,82 +544,3 @@ def test_benchmark_for_a_gpu_runs_at_toy_size():
     for row in ("low_rank, one batch", "graphs", "eager", "generate", "sdpa, gradient checkpointing", "rollout"):
         assert f"| {row} |" in out
     assert "graphs and eager have 100.0% of tokens in common" in out
-
-
-# TensorBoard in a browser. `python -m pytest -m slow -k browser --screenshots FOLDER` saves a screenshot of every page.
-
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-FLAGS += ["--disable-background-networking", "--disable-component-update", "--enable-unsafe-swiftshader"]
-# All visible text, including web components.
-VISIBLE_TEXT = """
-    function text(node) {
-        if (node.nodeType == Node.TEXT_NODE) return node.textContent;
-        if (['STYLE', 'SCRIPT', 'TEMPLATE'].includes(node.tagName)) return '';
-        const children = node.shadowRoot ? [...node.shadowRoot.childNodes, ...node.childNodes] : [...node.childNodes];
-        return children.map(text).join(' ');
-    }
-    return text(document.body);
-"""
-HOSTILE = "<img src=x onerror=\"document.title='run by the browser'\">[link](javascript:alert(1)) | **bold** `code`"
-
-
-@pytest.fixture
-def browser(tmp_path):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("needs Chromium and ChromeDriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in [*FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1400"]:
-        options.add_argument(flag)
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
-
-
-@pytest.mark.slow
-def test_browser_shows_grouped_scalars_completions_as_text_and_hyperparameters(tmp_path, browser, finished, request):
-    for name, folder in finished.items():
-        shutil.copytree(folder, tmp_path / name / "run")
-    with SummaryWriter(tmp_path / "es" / "run") as writer:
-        writer.add_text("completions", completion_table([{"prompt": HOSTILE, "answer": "7"}], [HOSTILE]), 10)
-    arguments = [f"--logdir_spec=grpo:{tmp_path / 'grpo'},es:{tmp_path / 'es'}", "--port=0"]
-    command = [sys.executable, "-m", "tensorboard.main", *arguments]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-        try:
-            address = next(re.search(r"http://localhost:\d+", line)[0] for line in server.stderr if "http://" in line)
-            check_pages(browser, address, request.config.getoption("--screenshots"))
-        finally:
-            server.kill()
-
-
-def check_pages(browser, address, screenshots):
-    def show(page, *expected):
-        """Return the text of a page once it contains all expected words."""
-        browser.get(f"{address}/#{page}")
-        browser.refresh()
-        limit, missing = time.monotonic() + 30, expected
-        while missing and time.monotonic() < limit:
-            time.sleep(0.2)
-            text = " ".join(browser.execute_script(VISIBLE_TEXT).split())
-            missing = [words for words in expected if words not in text]
-        if screenshots:
-            time.sleep(2)  # curves are drawn last
-            browser.save_screenshot(f"{screenshots}/{page}.png")
-        assert not missing, text[-2000:]
-        return text
-
-    tags = ["accuracy /lenient", "accuracy /strict", "by_tokens /lenient_accuracy", "by_tokens /strict_accuracy"]
-    text = show("timeseries", "grpo/run", "es/run", "grpo/run/by_tokens", "es/run/by_tokens", *tags)
-    assert text.index(tags[0]) < text.index(tags[3]) < text.index("completion 4 cards")
-
-    groups = "accuracy by_tokens completion es eval optim policy progress reward throughput time".split()
-    text = show("scalars", "tag: by_tokens/strict_accuracy", "throughput")
-    text = re.sub(r"Page of \d+", "", text[text.index("Filter tags") :])
-    assert re.findall(r" (\w+) \d+(?= )", f"{text} ") == groups
-
-    text = show("text", "completions/text_summary", HOSTILE, "config/text_summary", "<answer>", "✓", "✗")
-    assert text.index("completions/text_summary") < text.index("config/text_summary")
-    assert browser.title == "TensorBoard"
-
-    show("hparams", "learning_rate", "strict_accuracy", "grpo/run", "es/run")
