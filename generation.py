@@ -2,6 +2,7 @@
 
     generate               one decode loop for rollouts, ES populations and evaluation; `sample` draws the tokens
     completion_log_probs   log-probs and entropy of completion tokens, with gradients, for GRPO's loss
+    AdapterGroup           LoRA in fewer operations than PEFT's; `sampling_mode` prepares it for `generate`
 To change the sampling rule, edit `sample` and both passes of `TokenLogProbs` together; otherwise, the trained policy is
 not the sampled one. Elsewhere: prompts and scores (utils.py), GRPO's loss, and the hooks that add ES's noise.
 
@@ -57,8 +58,9 @@ def new_cache(network, num_slots):
 def shares_prompts(network, num_slots):
     """Return True if `completion_log_probs` can compute a prompt once for all of its rows.
 
-    It cannot with gradient checkpointing, because transformers then drops the cache, nor if the longest prompt and
-    completion, `num_slots` together, exceed a sliding window, because padding would use it up.
+    With flash attention, it always can. Otherwise, it cannot with gradient checkpointing, because transformers then
+    drops the cache, nor if the longest prompt and completion, `num_slots` together, exceed a sliding window, because
+    padding would use it up.
     """
     if network.config._attn_implementation == "flash":
         return True
@@ -86,6 +88,7 @@ class AdapterGroup:
     @torch.no_grad()
     def start_sampling(self, merge):
         """Merge the adapters into copies of W, or copy them to fixed addresses in W's dtype to save casts."""
+        assert not self.originals, "the adapters are merged already"
         for layer in self.layers if merge else []:
             base = layer.base_layer
             self.originals[base] = base.weight
@@ -118,12 +121,15 @@ class AdapterGroup:
         return torch.addmm(y.flatten(0, -2), inner.flatten(0, -2), B.T, alpha=layer.scaling[name]).view_as(y)
 
 
-@torch.no_grad()
-def group_adapters(model):
-    """Replace the forward pass of plain LoRA layers. One pass through the model shows which ones share their input.
+def probe(model):
+    """Return the logits of eight tokens, (1, 8, V), as the policy computes them."""
+    ids, is_bf16 = torch.arange(8, device=model.device)[None], model.dtype == torch.bfloat16
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=is_bf16):
+        return model(input_ids=ids, use_cache=False).logits
 
-    Return the groups. The caller keeps them as `model.adapter_groups`.
-    """
+
+def group_adapters(model):
+    """Replace the forward pass of plain LoRA layers. One pass through the model shows which ones share their input."""
     groups = {}  # {id of an input: (the input, kept alive so that ids differ, [its layers])}
     layers = [m for m in model.modules() if type(m) is LoraLinear and not (m.lora_variant or any(m.lora_bias.values()))]
 
@@ -131,11 +137,10 @@ def group_adapters(model):
         groups.setdefault(id(args[0]), (args[0], []))[1].append(layer)
 
     hooks = [layer.register_forward_pre_hook(note_input) for layer in layers]
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
-        model(input_ids=torch.arange(8, device=model.device)[None], use_cache=False)
+    probe(model)
     for hook in hooks:
         hook.remove()
-    return [AdapterGroup(group) for _, group in groups.values()]
+    model.adapter_groups = [AdapterGroup(group) for _, group in groups.values()]  # for `sampling_mode`
 
 
 @contextlib.contextmanager
@@ -316,7 +321,8 @@ def generate(model, prompts, settings, num_samples=1, uniforms=None, on_rows=Non
         only on its prompt and its numbers, not on the other rows of the batch
     on_rows: called with the prompt index of each row in the batch, (rows,), whenever the rows change, so that forward
         hooks can tell rows apart. It requires block_size, the number of consecutive prompts that hooks treat alike
-    The common prefix of a batch's prompts is computed once per block. Return Completions on the model's device.
+    The common prefix of a batch's prompts is computed once per block. Meanwhile, the model is in `sampling_mode`.
+    Return Completions on the model's device.
     """
     assert num_samples == 1 or uniforms is not None, "greedy completions of a prompt are identical"
     assert on_rows is None or block_size, "on_rows needs block_size: blocks must not share computation"
@@ -343,7 +349,7 @@ def generate(model, prompts, settings, num_samples=1, uniforms=None, on_rows=Non
 
 
 def is_cast(parameter):
-    """Return True if autocast keeps a cast of this weight. It does not use those of an AdapterGroup."""
+    """Return True if autocast keeps a cast of this weight. While sampling, it casts none of an AdapterGroup."""
     return parameter.requires_grad and parameter.dtype == torch.float32 and not hasattr(parameter, "is_packed")
 
 

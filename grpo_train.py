@@ -56,7 +56,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 import utils
-from generation import Completions, completion_log_probs, generate, group_adapters, inner_model, shares_prompts
+from generation import Completions, completion_log_probs, generate, group_adapters, inner_model, probe, shares_prompts
 from reward import UserError
 from runs import Run, check_folder, run_identity
 from utils import draw_problems, gather_scores, non_finite, schedule_factor, score_completions, share
@@ -167,16 +167,13 @@ def kl_estimate(log_probs, ref_log_probs):
 def make_policy(model, lora, gradient_checkpointing):
     """Return the model with gradients enabled for a LoRA adapter, or for all parameters if `lora` is None.
 
-    If the model was loaded with an adapter, train that one, whatever `lora` asks for; a frozen copy of it is the
-    reference policy. With `lora` None, merge it.
+    If the model was loaded with an adapter, train that one, with a frozen copy of it as the reference policy, or merge
+    it if `lora` is None.
     """
     if isinstance(model, PeftModel) and lora is None:
         model = model.merge_and_unload().requires_grad_(True)
     elif isinstance(model, PeftModel):
-        settings = model.peft_config["default"]
-        shape = f"rank={settings.r} alpha={settings.lora_alpha}"
-        utils.say_once(f"lora    that of the model is trained, {shape}, {', '.join(sorted(settings.target_modules))}")
-        model.add_adapter("reference", settings)
+        model.add_adapter("reference", model.peft_config["default"])
         weights = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
         set_peft_model_state_dict(model, weights, "reference")
         model.set_adapter("default")
@@ -193,12 +190,23 @@ def make_policy(model, lora, gradient_checkpointing):
         shape["fan_in_fan_out"] = any(isinstance(layer, Conv1D) for layer in layers.values())  # GPT-2
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **shape))
     model.eval()  # no dropout, not in a loaded adapter either; gradients still flow
-    model.adapter_groups = group_adapters(model)  # for speed
+    group_adapters(model)  # for speed
     if gradient_checkpointing:
-        inner_model(model).gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        for module in model.modules():  # transformers recomputes only layers in train mode
-            module.training = isinstance(module, GradientCheckpointingLayer)
+        checkpoint_layers(model)
     return model
+
+
+def checkpoint_layers(model):
+    """Let the backward pass recompute activations. transformers does that only for layers in train mode.
+
+    Their submodules stay in eval mode. Raise UserError if a layer has dropout of its own.
+    """
+    logits = probe(model)
+    inner_model(model).gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    for module in model.modules():
+        module.training = isinstance(module, GradientCheckpointingLayer)
+    if not torch.equal(probe(model), logits):
+        raise UserError("gradient_checkpointing: the model's layers have dropout: set it to 0 in its config.json")
 
 
 @contextlib.contextmanager
@@ -468,6 +476,11 @@ def main(config):
         raise UserError("attention: flash: needs a GPU, dtype: bfloat16 and a model that supports SDPA attention")
     share(config.prompts_per_step, setup.accelerator)  # raises if there are fewer prompts than processes
     utils.check_chunked_head(setup.model)
+    if isinstance(setup.model, PeftModel) and config.lora:  # train the adapter that the model has
+        own = setup.model.peft_config["default"]
+        lora = LoRA(rank=own.r, alpha=own.lora_alpha, target_modules=sorted(own.target_modules))
+        utils.say_once(f"lora    {lora}, the model's own")
+        config = config.model_copy(update={"lora": lora})
     identity = run_identity(config, setup)  # of the model before it gets an adapter
     setup.model = policy = make_policy(setup.model, config.lora, config.gradient_checkpointing)
     if config.attention == "flash":  # in the update, see `completion_log_probs`

@@ -8,6 +8,7 @@ each script), evaluation (utils.evaluate), the algorithms.
 """
 
 import contextlib
+import datetime
 import hashlib
 import html
 import json
@@ -458,7 +459,7 @@ def resume_command(folder):
 
 def check_folder(config):
     """Return the path of the run's folder. Raise UserError if it holds anything but a run that may resume."""
-    folder = Path(config.log_dir) / (config.run_name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}")
+    folder = Path(config.log_dir) / (config.run_name or f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S_%f}")
     try:
         existing = next(path for path in [folder, *folder.parents] if path.exists())
         found = set(os.listdir(existing)) - {"run.lock"} if existing == folder else None
@@ -541,7 +542,9 @@ def check_identity(folder, ours, theirs):
 
 def check_model(folder, step):
     """Raise UserError if resuming after `step` would overwrite the trained model of a later step."""
-    if (folder / "model").exists() and json.loads((folder / "model" / EVALUATION).read_text())["step"] > step:
+    file = folder / "model" / EVALUATION
+    saved = json.loads(file.read_text())["step"] if file.exists() else math.inf
+    if (folder / "model").exists() and saved > step:
         lost = f"the run's state after step {max(step, 0)} is lost"
         raise UserError(f"resume: {folder / 'model'} is complete, but {lost}; move it away to train again")
 

@@ -1,7 +1,7 @@
 """Code that both scripts share: config, setup, prompts, scores, evaluation, multiple processes.
 
     config and command line    RunConfig, load_config, run_from_command_line
-    setup                      set_up: model, tokenizer, problems with their prompts
+    setup                      set_up: model, tokenizer, problems with their prompts; fit_to_memory: GRPO's batch sizes
     a step                     draw_problems, schedule_factor, seeded_generator; score_completions, non_finite; evaluate
     multiple processes         share, gather_scores, sum_gradients, summarize
 To change prompts, edit `encode_prompts`. To add a metric of completions, edit `score_completions`, and
@@ -226,7 +226,7 @@ def say(text):
 
 @functools.cache
 def say_once(text):
-    """Print a warning once, from the first process only."""
+    """Print a line once, from the first process only."""
     if int(os.environ.get("RANK", 0)) == 0:
         say(text)
 
@@ -265,11 +265,11 @@ def set_up(config, weights_dtype, autocast=False, **settings):
         raise UserError("device: cuda: PyTorch finds no GPU; use cpu or auto")
     # Without cpu=True, processes on a CPU would not form a group.
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-    try:
-        accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if autocast else "no")
-    except ValueError as error:  # the environment names several processes, but not where they meet
-        advice = "start with torchrun, or unset WORLD_SIZE, PMI_SIZE and LOCAL_RANK"
-        raise UserError(f"environment: {one_line(error)}; {advice}") from None
+    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "LOCAL_RANK"):
+        is_set = os.environ.get(name, "1") != "1" or name == "LOCAL_RANK" and name in os.environ
+        if is_set and not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
+            raise UserError(f"the environment has {name}={os.environ[name]}: start with torchrun, or unset {name}")
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if autocast else "no")
     try:
         splits = [make_dataset(config.dataset, split, config.dataset_args) for split in ("train", "test")]
     except ValidationError as error:
@@ -566,8 +566,8 @@ def fit_to_memory(config, policy, longest_prompt, free):
     times the bytes in the comment of grpo_config.yml; a row has its cache, its logits and its prefill's activations.
     """
     auto = [key for key in ("micro_batch_tokens", "generation_batch_size") if getattr(config, key) == "auto"]
-    if free is None:
-        found = {"micro_batch_tokens": 4096, "generation_batch_size": 256}
+    found = {"micro_batch_tokens": 4096, "generation_batch_size": 256}
+    if free is None or not auto:
         return config.model_copy(update={key: found[key] for key in auto})
     shape, size = policy.config.get_text_config(), {"float32": 4, "bfloat16": 2}[config.dtype]
     L, hidden = shape.num_hidden_layers, shape.hidden_size
@@ -586,8 +586,10 @@ def fit_to_memory(config, policy, longest_prompt, free):
     if rows < 1 or tokens < 1:
         raise UserError(f"micro_batch_tokens: auto: {free / 2**30:.1f} GiB of free GPU memory are too little")
     found = {"micro_batch_tokens": tokens, "generation_batch_size": rows}
-    say_once(f"memory  micro_batch_tokens {tokens:,}, generation_batch_size {rows:,} fit")
-    return config.model_copy(update={key: found[key] for key in auto})
+    config = config.model_copy(update={key: found[key] for key in auto})
+    sizes = f"{config.micro_batch_tokens:,}, generation_batch_size {config.generation_batch_size:,}"
+    say_once(f"memory  micro_batch_tokens {sizes}")
+    return config
 
 
 def draw_problems(problems, start, count, seed):

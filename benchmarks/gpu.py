@@ -201,13 +201,15 @@ def measure_update(policy, problems, num_samples, completions, arguments, accele
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=0.0)
 
     def step(attention, checkpointing):
-        network.gradient_checkpointing_enable({"use_reentrant": False}) if checkpointing else None
-        can_share = attention == "flash" or shares_prompts(network, max(map(len, prompts)) + C)
+        network.config._attn_implementation = attention
+        grpo_train.checkpoint_layers(policy) if checkpointing else None
+        can_share = shares_prompts(network, max(map(len, prompts)) + C)
         of_rows = completions, advantages, weights
         batches = grpo_train.make_micro_batches(prompts, *of_rows, arguments.micro_batch, can_share)
-        values, how = {name: [] for name in grpo_train.TOKEN_METRICS}, grpo_train.GRPOConfig(attention=attention)
-        grpo_train.update(policy, optimizer, batches, how, None, accelerator, values)
+        values = {name: [] for name in grpo_train.TOKEN_METRICS}
+        grpo_train.update(policy, optimizer, batches, grpo_train.GRPOConfig(), None, accelerator, values)
         network.gradient_checkpointing_disable()
+        policy.eval()
 
     ways = {"sdpa": ("sdpa", False), "sdpa, gradient checkpointing": ("sdpa", True)}
     ways |= {"flash": ("flash", False)} if torch.cuda.is_available() else {}

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import generation
 from es_train import Population, noise_generators, noise_shapes
 from generation import PreallocatedLayer, completion_log_probs, generate, inner_model, sample
-from grpo_train import LoRA, make_micro_batches, make_policy
+from grpo_train import LoRA, checkpoint_layers, make_micro_batches, make_policy
 from reward import UserError
 from utils import check_chunked_head, completion_texts, fingerprint, stop_table
 
@@ -214,6 +214,14 @@ def test_under_autocast_each_weight_is_cast_once_and_the_cache_has_a_multiple_of
         rollout(model)
     assert casts and len(casts) == len(set(casts))
     assert buffers and all(x.dtype == torch.bfloat16 and x.shape[2] % 8 == 0 for x in buffers)
+
+
+def test_a_model_that_trains_with_flash_attention_and_checkpointing_decodes_with_neither(model):
+    expected = rollout(model)
+    checkpoint_layers(model)
+    model.config._attn_implementation = "flash"
+    assert torch.equal(rollout(model).tokens, expected.tokens)
+    assert model.config._attn_implementation == "flash" and [m.training for m in model.model.layers] == [True, True]
 
 
 def test_poisoned_generation_config_changes_no_sampled_token(model):

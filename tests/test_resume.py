@@ -41,12 +41,13 @@ from runs import checkpoint_folders, newest_checkpoint
 from utils import fingerprint, load_config, load_model
 
 DRAW = "rewards={accuracy: 1.0, 'test_resume:draw': 1.0}"
+UNSCALED = "scale_advantages=none"
 WAYS = {
     "grpo": ("grpo", ["loss_normalization=constant", "scale_advantages=batch"]),
-    "grpo-updates": ("grpo", ["kl_weight=0.1", "updates_per_step=2", "gradient_checkpointing=true", "group_size=2"]),
-    "grpo-bf16": ("grpo", ["dtype=bfloat16", "weight_decay=0.1", "loss_normalization=sequence", DRAW]),
-    "grpo-full-bf16": ("grpo", ["lora=null", "dtype=bfloat16", "kl_weight=0.1", "learning_rate=1e-4"]),
-    "grpo-adapter": ("grpo", ["model=ADAPTER", "kl_weight=0.1", "learning_rate=0.01", "scale_advantages=none"]),
+    "grpo-updates": ("grpo", ["kl_weight=0.1", "updates_per_step=2", "weight_decay=0.1", "group_size=2"]),
+    "grpo-bf16": ("grpo", ["dtype=bfloat16", "gradient_checkpointing=true", "loss_normalization=sequence", DRAW]),
+    "grpo-full-bf16": ("grpo", ["lora=null", "dtype=bfloat16", "kl_weight=0.1", "learning_rate=1e-4", UNSCALED]),
+    "grpo-adapter": ("grpo", ["model=ADAPTER", "lora.rank=8", "kl_weight=0.1", "learning_rate=0.01"]),
     "grpo-dynamic": ("grpo", ["max_sampling_rounds=3", "rewards={accuracy: 1.0}"]),
     "es": ("es", ["population_size=5"]),
     "es-antithetic-decay": ("es", ["antithetic=true", "noise_schedule=linear", "lr_schedule=cosine", DRAW]),
@@ -97,6 +98,7 @@ def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, capsys, 
             assert curves["progress/prompts"][-1][1] > 4 * 4
         if way == "grpo-adapter":  # the reference, a frozen copy of the adapter, is neither counted nor saved
             assert ", 835,712 parameters, 38,912 trained\n" in out
+            assert load_config(script.config_class, whole / "config.yml").lora.rank == 4
             assert weights.keys() == model_weights(finished["grpo"]).keys()
             assert curves["eval/strict_accuracy"][0][1] == scalars(finished["grpo"])["eval/strict_accuracy"][-1][1]
     else:
@@ -233,7 +235,7 @@ def test_a_run_whose_problems_moved_resumes_with_their_new_path_but_not_with_oth
 # Damage
 
 
-@pytest.mark.parametrize("lost", ["checkpoints", "newest", "journal", "all but best"])
+@pytest.mark.parametrize("lost", ["checkpoints", "newest", "journal", "evaluation", "all but best"])
 def test_finished_model_is_never_overwritten_after_its_state_is_lost(tmp_path, script, finished, lost):
     folder = shutil.copytree(finished[script.key], tmp_path / "run")
     if lost == "journal":
@@ -243,6 +245,8 @@ def test_finished_model_is_never_overwritten_after_its_state_is_lost(tmp_path, s
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         (folder / "best").mkdir(exist_ok=True)
+    elif lost == "evaluation":
+        (folder / "model" / "evaluation.json").unlink()
     else:
         shutil.rmtree(folder / "checkpoints" if lost == "checkpoints" else checkpoint_folders(folder)[4])
     if script.key == "es" and lost == "newest":  # the journal still has the last step

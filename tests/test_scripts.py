@@ -65,11 +65,15 @@ def test_script_trains_where_the_user_is_and_prints_how_to_load_the_result(tmp_p
     (site / "datasets-4.0.0.dist-info" / "METADATA").write_text(metadata)
     own = "def brevity(completions, **columns): return [-len(text) for text in completions]\n"
     (tmp_path / "my_rewards.py").write_text(own)
-    more = ["eval_size=64", "rewards={accuracy: 1, format: 0.1, my_rewards:brevity: 1e-3}", "lr_schedule=constant"]
+    for name, numbers in (("sums", range(100)), ("sums.test", range(100, 164))):
+        lines = [json.dumps({"prompt": f"Compute {i}+1", "answer": str(i + 1)}) for i in numbers]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    rewards = "rewards={accuracy: 1, format: 0.1, my_rewards:brevity: 1e-3}"
+    more = ["dataset=sums.jsonl", "dataset_args={}", "eval_size=64", rewards, "lr_schedule=constant"]
     where = ["run_name=run", "device=cpu"]  # the model lies beside the script, the logs here
     command = shlex.join([str(ROOT / f"{script.name}.py"), "--num_steps=4", *where, *script.small[1:], *more])
     out = run(f"python {command} 2>&1", tmp_path, path=site)
-    assert "Traceback" not in out and "Warning" not in out
+    assert "Traceback" not in out and "Warning" not in out and out.startswith("model   ")
     assert "Held-out accuracy, greedy decoding, 64 problems (95% interval)" in out
     num_trained = {"grpo": "38,912", "es": "835,712"}[script.key]
     assert f"model   tiny_model, 835,712 parameters, {num_trained} trained\n" in out

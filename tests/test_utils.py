@@ -16,7 +16,6 @@ import torch
 import transformers
 import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from conftest import ROOT, TINY, make_model, random_prompts, settings
 from hypothesis import given
 from hypothesis import strategies as st
@@ -466,7 +465,6 @@ def test_everything_that_needs_no_model_is_checked_before_one_is_loaded(tmp_path
         config = GRPOConfig(**values)
         with pytest.raises(UserError, match=message):
             grpo_train.main(config)
-        AcceleratorState._reset_state(reset_partial_state=True)
 
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes.txt").touch()
@@ -480,8 +478,8 @@ def test_everything_that_needs_no_model_is_checked_before_one_is_loaded(tmp_path
     refuse("hard: missing a required argument: 'level'; the columns are answer", rewards={"checked:hard": 1.0})
     for name in ("WORLD_SIZE", "PMI_SIZE", "LOCAL_RANK"):
         with monkeypatch.context() as patch:
-            patch.setattr(os, "environ", os.environ | {name: "2"})  # accelerate adds more
-            refuse("environment: .*MASTER_ADDR.*; start with torchrun, or unset WORLD_SIZE, PMI_SIZE and LOCAL_RANK")
+            patch.setenv(name, "2")
+            refuse(f"the environment has {name}=2: start with torchrun, or unset {name}")
     for split in ("train", "test"):
         problems = [{"prompt": f"{i}?", "answer": "1"} for i in range(9 if split == "train" else 3)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, problems)))
