@@ -68,6 +68,9 @@ def shares_prompts(network, num_slots):
     return not checkpoints and new_cache(network, num_slots)[1]
 
 
+# --- Adapters ---------------------------------------------------------------------------------------------------------
+
+
 class AdapterGroup:
     """LoRA adapters of layers that read the same input, such as q, k and v: their A in one matrix product.
 
@@ -166,6 +169,9 @@ def sampling_mode(model):
             group.stop_sampling()
 
 
+# --- KV cache and CUDA graphs -----------------------------------------------------------------------------------------
+
+
 class DecodeMemory:
     """Tensors that decode steps read and write, and the CUDA graphs of the steps.
 
@@ -247,6 +253,8 @@ class PreallocatedLayer(DynamicLayer):
         self.buffers = [buffer[:B] for buffer in self.buffers]
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
 
+
+# --- Sampling ---------------------------------------------------------------------------------------------------------
 
 MIN_SHARED = 8  # a shorter common prefix is not worth a forward pass of its own
 BLOCK = 512  # tokens of the vocabulary whose probabilities are summed first
@@ -396,8 +404,7 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
     kind = uniforms is None, on_rows is None, block_size  # graphs of other kinds compute something else
     longest = max(map(len, prompts))
     cache, keeps_all = new_cache(network, longest + settings.max_new_tokens)
-    has_mask = keeps_all and network.config._attn_implementation == "sdpa"  # eager attention needs an additive mask
-    has_graphs = settings.cuda_graphs and has_mask and device.type == "cuda"
+    has_graphs = settings.cuda_graphs and keeps_all and device.type == "cuda"
     memory = settings.memory if has_graphs else DecodeMemory()
     shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
     if shared < MIN_SHARED or min(block_size, P) == 1 or not keeps_all:
@@ -452,7 +459,7 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
     def step():
         position.add_(1)
         mask = visible[:, : cursor.end]
-        if has_mask:  # as the model would build it, except that the end may lie beyond the slot
+        if keeps_all:  # as the model would build it, except that the end may lie beyond the slot
             mask = (mask & (slots[: cursor.end] <= cursor.slot))[:, None, None]
         append_tokens(forward(newest, mask, position))
         cursor.slot.add_(1)
@@ -476,6 +483,8 @@ def _decode(model, prompts, part, settings, num_samples, uniforms, on_rows, bloc
     for name, x in vars(out).items():
         x[first : first + B] = getattr(completions, name)
 
+
+# --- Scoring ----------------------------------------------------------------------------------------------------------
 
 MIN_SPARED = 0.1  # compute prompts separately if that saves at least this share of all positions
 # Logits per chunk in the scoring pass, 32 MiB in fp32 on CPUs, since malloc returns larger tensors to the system each

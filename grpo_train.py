@@ -28,12 +28,13 @@ Departures from the paper:
 
 Where to make changes: the advantage in `group_advantages`; the loss in `policy_loss` and `token_weights`, combined in
 `micro_batch_loss`; the trained parameters in `make_policy`; the loop and metrics in `train`, per-token metrics in
-`micro_batch_loss` and TOKEN_METRICS. Elsewhere: sampling and log-probs (generation.py), rewards (reward.py),
+`micro_batch_loss`. Elsewhere: sampling and log-probs (generation.py), rewards (reward.py),
 checkpoints and logs (runs.py).
 
 Shapes: P prompts, G completions per prompt, B rows of all groups, b rows in a micro-batch, T tokens.
 """
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -53,7 +54,6 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
 
 import utils
 from generation import Completions, completion_log_probs, generate, group_adapters, inner_model, probe, shares_prompts
@@ -178,8 +178,7 @@ def make_policy(model, lora, gradient_checkpointing):
         set_peft_model_state_dict(model, weights, "reference")
         model.set_adapter("default")
     elif lora is not None:
-        linear = (torch.nn.Linear, Conv1D)
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, linear)}
+        layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
         targets = [] if lora.target_modules == "all-linear" else lora.target_modules
         for target in targets:
             if not any(f".{name}".endswith(f".{target}") for name in layers):
@@ -187,7 +186,6 @@ def make_policy(model, lora, gradient_checkpointing):
                 raise UserError(f"lora.target_modules: {target}: the model's linear layers are {names}")
         utils.check_tied_head(model, targets)
         shape = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": lora.target_modules}
-        shape["fan_in_fan_out"] = any(isinstance(layer, Conv1D) for layer in layers.values())  # GPT-2
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **shape))
     model.eval()  # no dropout, not in a loaded adapter either; gradients still flow
     group_adapters(model)  # for speed
@@ -302,9 +300,7 @@ def make_micro_batches(prompts, completions, advantages, weights, token_budget, 
     return micro_batches
 
 
-# The metrics of `micro_batch_loss`. Add new names here: all processes must summarize the same ones, in this order.
-TOKEN_METRICS = ("ratio", "kl_old", "kl_k1", "kl_k3", "clip_low", "clip_high", "entropy", "sampler_gap")
-EXTREMES = ("ratio", "sampler_gap")  # the minimum and maximum of these are logged, too
+EXTREMES = ("ratio", "sampler_gap")  # metrics of `micro_batch_loss` of which the minimum and maximum are logged, too
 
 
 def micro_batch_loss(model, batch, config, frozen_copy, autocast):
@@ -346,7 +342,7 @@ def micro_batch_loss(model, batch, config, frozen_copy, autocast):
 def update(policy, optimizer, micro_batches, config, frozen_copy, accelerator, values):
     """Take one optimizer step on the gradient of the whole step's loss, summed over micro-batches and processes.
 
-    values: {name in TOKEN_METRICS: list of (n,)}, extended by the metrics of this update
+    values: {name: list of (n,)}, extended by the metrics of this update
     Return the loss and its KL term (2,), the gradient norm, and a failure: None, or a message if one of these is not
     finite and no step was taken.
     """
@@ -439,12 +435,11 @@ def train(config, setup, run, optimizer, frozen_copy=None):
         # 4. Take K clipped policy-gradient updates. The first records pi_old. `losses` are those of the last.
         factor = schedule_factor(config.lr_schedule, step, config.num_steps, config.warmup_steps)
         learning_rate = optimizer.param_groups[0]["lr"] = config.learning_rate * factor
-        losses, grad_norm, values = torch.zeros(2), 0.0, {name: [] for name in TOKEN_METRICS}
+        losses, grad_norm, values = torch.zeros(2), 0.0, collections.defaultdict(list)
         with run.phase("update"):
             prompts = [problem.ids for problem in problems]
             local = prompts, completions, advantages[own].flatten(), loss_weights[own].flatten()
-            num_slots = max(map(len, prompts)) + config.max_new_tokens
-            can_share = shares_prompts(inner_model(policy), num_slots)
+            can_share = shares_prompts(inner_model(policy), max(map(len, prompts)) + config.max_new_tokens)
             batches = make_micro_batches(*local, config.micro_batch_tokens, can_share)
             for _ in range(K if loss_weights.any() else 0):
                 if not skipped:
@@ -456,7 +451,7 @@ def train(config, setup, run, optimizer, frozen_copy=None):
         metrics = {
             "reward/group_std": rewards.std(dim=1).mean(),
             "reward/zero_variance_groups": tied.float().mean(),
-            **{f"policy/{name}": value for name, value in utils.summarize(values, EXTREMES, accelerator).items()},
+            **{f"policy/{name}": value for name, value in utils.summarize(values, EXTREMES).items()},
             "optim/loss": losses[0],
             "optim/kl_term": losses[1],
             "optim/grad_norm": grad_norm,
@@ -471,9 +466,8 @@ def main(config):
     weights_dtype = "float32" if config.lora is None else config.dtype
     setup = utils.set_up(config, weights_dtype, autocast=config.dtype == "bfloat16", temperature=config.temperature)
     on_gpu = setup.accelerator.device.type == "cuda"
-    uses_sdpa = inner_model(setup.model).config._attn_implementation == "sdpa"
-    if config.attention == "flash" and not (on_gpu and config.dtype == "bfloat16" and uses_sdpa):
-        raise UserError("attention: flash: needs a GPU, dtype: bfloat16 and a model that supports SDPA attention")
+    if config.attention == "flash" and not (on_gpu and config.dtype == "bfloat16"):
+        raise UserError("attention: flash: needs a GPU and dtype: bfloat16")
     share(config.prompts_per_step, setup.accelerator)  # raises if there are fewer prompts than processes
     utils.check_chunked_head(setup.model)
     if isinstance(setup.model, PeftModel) and config.lora:  # train the adapter that the model has

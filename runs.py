@@ -370,6 +370,9 @@ class Run:
             self.say(f'    AutoModelForCausalLM.from_pretrained("{path}")')
 
 
+# --- Signals ----------------------------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def stop_signals():
     """Yield a list that receives STOP_SIGNALS. A second signal ends a run of one process at once.
@@ -394,6 +397,9 @@ def stop_signals():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+# --- Logs -------------------------------------------------------------------------------------------------------------
 
 
 def completion_metrics(scores):
@@ -451,6 +457,9 @@ def summary(results, num_problems):
     return "\n".join(lines)
 
 
+# --- The run's folder -------------------------------------------------------------------------------------------------
+
+
 def resume_command(folder):
     processes = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
     launcher = "python" if processes == "1" else f"torchrun --nproc_per_node {processes}"
@@ -478,10 +487,7 @@ def open_folder(config):
     Return the folder, the config that resumes the run, and the lock.
     """
     folder = check_folder(config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"log_dir: {folder} cannot be created: {one_line(error)}") from None
+    folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / "run.lock", timeout=0, is_singleton=True)
     try:
         lock.acquire()
@@ -547,6 +553,9 @@ def check_model(folder, step):
     if (folder / "model").exists() and saved > step:
         lost = f"the run's state after step {max(step, 0)} is lost"
         raise UserError(f"resume: {folder / 'model'} is complete, but {lost}; move it away to train again")
+
+
+# --- Checkpoints and journal ------------------------------------------------------------------------------------------
 
 
 def write_file(path, text):

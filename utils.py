@@ -2,7 +2,9 @@
 
     config and command line    RunConfig, load_config, run_from_command_line
     setup                      set_up: model, tokenizer, problems with their prompts; fit_to_memory: GRPO's batch sizes
-    a step                     draw_problems, schedule_factor, seeded_generator; score_completions, non_finite; evaluate
+    models and tokenizers      load_model and what it refuses, stop_ids, save_model, fingerprint
+    prompts and completions    encode_prompts, completion_texts
+    a step                     draw_problems, schedule_factor; score_completions, non_finite; evaluate
     multiple processes         share, gather_scores, sum_gradients, summarize
 To change prompts, edit `encode_prompts`. To add a metric of completions, edit `score_completions`, and
 `completion_metrics` in runs.py, which logs it. Elsewhere: the decode loop (generation.py), checkpoints and logs
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+import pydantic
 import torch
 import transformers
 import yaml
@@ -35,16 +38,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from jinja2 import TemplateError
 from peft import LoraConfig, PeftConfig, PeftModel
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    JsonValue,
-    PositiveInt,
-    ValidationError,
-)
+from pydantic import Field, JsonValue, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -57,6 +51,8 @@ from reward import UserError, lenient_correct, reference_value, score, strict_co
 transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 
+
+# --- Config and command line ------------------------------------------------------------------------------------------
 
 HERE = Path(__file__).parent
 for kind in (yaml.SafeLoader, yaml.SafeDumper):  # PyYAML takes 1e-5 for text
@@ -74,13 +70,13 @@ def is_run(folder):
     return (Path(folder) / "run.lock").exists()
 
 
-class Config(BaseModel):
+class Config(pydantic.BaseModel):
     """Base of all configs. Unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
+UserPath = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]
 
 
 class Example(Config):
@@ -107,7 +103,7 @@ class RunConfig(Config):
     rewards: Annotated[
         dict[str, float],
         Field(min_length=1),
-        BeforeValidator(lambda value: {value: 1.0} if isinstance(value, str) else value),
+        pydantic.BeforeValidator(lambda value: {value: 1.0} if isinstance(value, str) else value),
     ] = {"accuracy": 1.0, "format": 0.1}
     max_new_tokens: PositiveInt = 96
     # Evaluation, checkpoints, logs, seed
@@ -231,15 +227,7 @@ def say_once(text):
         say(text)
 
 
-def seeded_generator(seed, stream, index=0, device="cpu"):
-    """Return a generator that depends only on its arguments, so that checkpoints need no random state.
-
-    stream: the purpose of the numbers; index: tells generators of one stream apart, for example the step
-    """
-    assert 0 <= index < 2**32, index
-    low, high = map(int, np.random.SeedSequence([seed, zlib.crc32(stream.encode())]).generate_state(2))
-    # torch's CPU generator reads only the low 32 bits of a seed. Adding the index gives each generator its own.
-    return torch.Generator(device).manual_seed((high >> 1) << 32 | (low + index) % 2**32)
+# --- Setup ------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -322,6 +310,43 @@ def check_problems(problems, model, tokenizer, config):
         say_once(f"{len(texts):,} of {len(references):,} reference answers {kind}, such as {texts[0][:80]!r}")
 
 
+def fit_to_memory(config, policy, longest_prompt, free):
+    """Return the GRPOConfig with numbers for `auto` in micro_batch_tokens and generation_batch_size.
+
+    free: bytes of the GPU, or None on a CPU, where batches should fit its caches
+    The sizes share four fifths of the free bytes, up to the size of a step. A position of the backward pass takes 1.5
+    times the bytes in the comment of grpo_config.yml; a row has its cache, its logits and its prefill's activations.
+    """
+    auto = [key for key in ("micro_batch_tokens", "generation_batch_size") if getattr(config, key) == "auto"]
+    found = {"micro_batch_tokens": 4096, "generation_batch_size": 256}
+    if free is None or not auto:
+        return config.model_copy(update={key: found[key] for key in auto})
+    shape, size = policy.config.get_text_config(), {"float32": 4, "bfloat16": 2}[config.dtype]
+    L, hidden = shape.num_hidden_layers, shape.hidden_size
+    inner = getattr(shape, "intermediate_size", 4 * hidden)
+    num_slots, num_rows = longest_prompt + config.max_new_tokens, config.prompts_per_step * config.group_size
+    head_dim = getattr(shape, "head_dim", None) or hidden // shape.num_attention_heads
+    kv_heads = getattr(shape, "num_key_value_heads", shape.num_attention_heads)
+    cache = 2 * size * L * kv_heads * head_dim * (num_slots + LENGTH_BUCKET + longest_prompt)
+    per_row = cache + 12 * shape.vocab_size + size * longest_prompt * (3 * inner + 2 * hidden)
+    per_layer = 44 * hidden + 8 * inner if size == 2 else 63 * hidden + 16 * inner
+    per_position = 1.5 * (L * size * hidden + per_layer if config.gradient_checkpointing else L * per_layer)
+    num_trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+    budget = 0.8 * free - 12 * num_trained - 2**29  # gradient and AdamW's moments; chunks of logits
+    rows = min(max(num_rows, config.eval_size), int(0.4 * budget / per_row))
+    tokens = min(num_rows * num_slots, int((budget - rows * per_row) / per_position))
+    if rows < 1 or tokens < 1:
+        raise UserError(f"micro_batch_tokens: auto: {free / 2**30:.1f} GiB of free GPU memory are too little")
+    found = {"micro_batch_tokens": tokens, "generation_batch_size": rows}
+    config = config.model_copy(update={key: found[key] for key in auto})
+    sizes = f"{config.micro_batch_tokens:,}, generation_batch_size {config.generation_batch_size:,}"
+    say_once(f"memory  micro_batch_tokens {sizes}")
+    return config
+
+
+# --- Models and tokenizers --------------------------------------------------------------------------------------------
+
+
 def load_model(name, dtype, device, cache_dir=None):
     """Load a causal language model or an adapter with its base model, from a folder or the Hugging Face hub.
 
@@ -347,7 +372,7 @@ def load_model(name, dtype, device, cache_dir=None):
         settings = AutoConfig.from_pretrained(base_name, cache_dir=cache_dir, trust_remote_code=False)
         if getattr(settings, "quantization_config", None):
             raise ValueError("its weights are quantized; expected the model in bf16 or fp32")
-        settings._attn_implementation = None  # SDPA if the model supports it, whatever its config says, else eager
+        settings._attn_implementation = None  # SDPA if the model supports it, whatever its config says
         model, info = AutoModelForCausalLM.from_pretrained(base_name, config=settings, **options)
         check_decodable(model)
         check_tied_head(model, adapter.target_modules if is_adapter else [])
@@ -361,19 +386,19 @@ def load_model(name, dtype, device, cache_dir=None):
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"model: {name!r}: {len(missing)} of its weights are missing, such as {missing[0]}")
-    if model.config._attn_implementation == "eager":
-        say_once(f"{type(model).__name__} does not support SDPA attention: using eager attention, which is slower")
     return model.to(device).eval()
 
 
 def check_decodable(model):
-    """Raise ValueError if a layer is not full or sliding-window attention, or if forward() lacks a needed argument."""
+    """Raise ValueError if a layer is not full or sliding-window SDPA, or if forward() lacks a needed argument."""
     needed = {"input_ids", "attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
     missing = sorted(needed - inspect.signature(model.forward).parameters.keys())
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
     kinds = sorted(kinds - {"full_attention", "sliding_attention"})
-    if missing or kinds:
-        reason = f"layers of kind {', '.join(kinds)}" if kinds else f"forward() without {', '.join(missing)}"
+    has_sdpa = model.config._attn_implementation == "sdpa"
+    if missing or kinds or not has_sdpa:
+        reason = f"forward() without {', '.join(missing)}" if missing else "no SDPA attention"
+        reason = f"layers of kind {', '.join(kinds)}" if kinds else reason
         raise ValueError(f"{type(model).__name__} is not supported: {reason}")
 
 
@@ -499,6 +524,8 @@ def fingerprint(weights):
     return f"{checksum:08x}"
 
 
+# --- Prompts and completions ------------------------------------------------------------------------------------------
+
 PLAIN_TURN = "User: {}\n\nAssistant:"  # for base models without a chat template
 NEXT_TURN = "\n\n" + PLAIN_TURN.partition(" ")[0]  # where such a model's completion ends; not part of its text
 
@@ -558,38 +585,31 @@ def answer_start(tokenizer):
     return "".join(found[0].split()) if found else ""
 
 
-def fit_to_memory(config, policy, longest_prompt, free):
-    """Return the GRPOConfig with numbers for `auto` in micro_batch_tokens and generation_batch_size.
+def completion_texts(completions, tokenizer, stop=()):
+    """Return the text of each completion: up to and including a text in `stop`, or up to the next plain-text turn."""
+    columns = completions.tokens.cpu(), completions.mask.cpu()  # one transfer instead of one per row
+    rows = [tokens[mask].tolist() for tokens, mask in zip(*columns, strict=True)]
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    if tokenizer.chat_template is None:
+        texts = [text.partition(NEXT_TURN)[0] for text in texts]
+    for end in stop:
+        texts = ["".join(text.partition(end)[:2]) for text in texts]
+    start = answer_start(tokenizer)
+    return [start + text for text in texts]
 
-    free: bytes of the GPU, or None on a CPU, where batches should fit its caches
-    The sizes share four fifths of the free bytes, up to the size of a step. A position of the backward pass takes 1.5
-    times the bytes in the comment of grpo_config.yml; a row has its cache, its logits and its prefill's activations.
+
+# --- A step -----------------------------------------------------------------------------------------------------------
+
+
+def seeded_generator(seed, stream, index=0, device="cpu"):
+    """Return a generator that depends only on its arguments, so that checkpoints need no random state.
+
+    stream: the purpose of the numbers; index: tells generators of one stream apart, for example the step
     """
-    auto = [key for key in ("micro_batch_tokens", "generation_batch_size") if getattr(config, key) == "auto"]
-    found = {"micro_batch_tokens": 4096, "generation_batch_size": 256}
-    if free is None or not auto:
-        return config.model_copy(update={key: found[key] for key in auto})
-    shape, size = policy.config.get_text_config(), {"float32": 4, "bfloat16": 2}[config.dtype]
-    L, hidden = shape.num_hidden_layers, shape.hidden_size
-    inner = getattr(shape, "intermediate_size", 4 * hidden)
-    num_slots, num_rows = longest_prompt + config.max_new_tokens, config.prompts_per_step * config.group_size
-    head_dim = getattr(shape, "head_dim", None) or hidden // shape.num_attention_heads
-    kv_heads = getattr(shape, "num_key_value_heads", shape.num_attention_heads)
-    cache = 2 * size * L * kv_heads * head_dim * (num_slots + LENGTH_BUCKET + longest_prompt)
-    per_row = cache + 12 * shape.vocab_size + size * longest_prompt * (3 * inner + 2 * hidden)
-    per_layer = 44 * hidden + 8 * inner if size == 2 else 63 * hidden + 16 * inner
-    per_position = 1.5 * (L * size * hidden + per_layer if config.gradient_checkpointing else L * per_layer)
-    num_trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
-    budget = 0.8 * free - 12 * num_trained - 2**29  # gradient and AdamW's moments; chunks of logits
-    rows = min(max(num_rows, config.eval_size), int(0.4 * budget / per_row))
-    tokens = min(num_rows * num_slots, int((budget - rows * per_row) / per_position))
-    if rows < 1 or tokens < 1:
-        raise UserError(f"micro_batch_tokens: auto: {free / 2**30:.1f} GiB of free GPU memory are too little")
-    found = {"micro_batch_tokens": tokens, "generation_batch_size": rows}
-    config = config.model_copy(update={key: found[key] for key in auto})
-    sizes = f"{config.micro_batch_tokens:,}, generation_batch_size {config.generation_batch_size:,}"
-    say_once(f"memory  micro_batch_tokens {sizes}")
-    return config
+    assert 0 <= index < 2**32, index
+    low, high = map(int, np.random.SeedSequence([seed, zlib.crc32(stream.encode())]).generate_state(2))
+    # torch's CPU generator reads only the low 32 bits of a seed. Adding the index gives each generator its own.
+    return torch.Generator(device).manual_seed((high >> 1) << 32 | (low + index) % 2**32)
 
 
 def draw_problems(problems, start, count, seed):
@@ -611,19 +631,6 @@ def schedule_factor(schedule, step, num_steps, warmup_steps=0):
         return (step + 1) / (warmup_steps + 1)
     share_done = (step - warmup_steps) / (num_steps - warmup_steps)
     return {"constant": 1.0, "linear": 1 - share_done, "cosine": (1 + math.cos(math.pi * share_done)) / 2}[schedule]
-
-
-def completion_texts(completions, tokenizer, stop=()):
-    """Return the text of each completion: up to and including a text in `stop`, or up to the next plain-text turn."""
-    columns = completions.tokens.cpu(), completions.mask.cpu()  # one transfer instead of one per row
-    rows = [tokens[mask].tolist() for tokens, mask in zip(*columns, strict=True)]
-    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
-    if tokenizer.chat_template is None:
-        texts = [text.partition(NEXT_TURN)[0] for text in texts]
-    for end in stop:
-        texts = ["".join(text.partition(end)[:2]) for text in texts]
-    start = answer_start(tokenizer)
-    return [start + text for text in texts]
 
 
 def score_completions(rewards, completions, setup, problems):
@@ -672,6 +679,9 @@ def evaluate(setup):
     return dict(zip(sums, means, strict=True)), items, texts
 
 
+# --- Multiple processes -----------------------------------------------------------------------------------------------
+
+
 def share(count, accelerator):
     """Return this process's slice of a step's `count` prompts or members."""
     world, process = accelerator.num_processes, accelerator.process_index
@@ -698,19 +708,19 @@ def sum_gradients(parameters, accelerator):
         parameter.grad = grad.view_as(parameter)
 
 
-def summarize(values, extremes, accelerator):
+def summarize(values, extremes):
     """Return the means of {name: list of 1-D tensors} over all processes, and NAME_min and NAME_max of `extremes`.
 
     Omit names without values.
     """
-    summary = {}
-    for name, parts in values.items():
-        x = torch.cat([torch.zeros(0, device=accelerator.device), *parts]).float()
-        ends = torch.stack([x.min(), x.max()]) if len(x) else x.new_tensor([torch.inf, -torch.inf])
-        total, count = accelerator.reduce(x.new_tensor([x.sum(), len(x)])).tolist()
-        ends = accelerator.gather(ends[None])  # (processes, 2)
-        if count:
-            summary[name] = total / count
-        if count and name in extremes:
-            summary |= {f"{name}_min": ends[:, 0].min().item(), f"{name}_max": ends[:, 1].max().item()}
+    ours = {name: torch.cat(parts).float() for name, parts in values.items()}
+    rows = [(name, float(x.sum()), len(x), *map(float, x.aminmax())) for name, x in ours.items() if len(x)]
+    parts, summary = {}, {}
+    for name, *row in gather_object(rows):
+        parts.setdefault(name, []).append(row)
+    for name, part in parts.items():
+        totals, counts, lows, highs = zip(*part, strict=True)
+        summary[name] = sum(totals) / sum(counts)
+        if name in extremes:
+            summary |= {f"{name}_min": min(lows), f"{name}_max": max(highs)}
     return summary

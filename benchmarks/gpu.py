@@ -18,6 +18,7 @@ less, greedy decoding repeats one token. No completion ends early, so that all m
 """
 
 import argparse
+import collections
 import functools
 import re
 import statistics
@@ -203,11 +204,10 @@ def measure_update(policy, problems, num_samples, completions, arguments, accele
     def step(attention, checkpointing):
         network.config._attn_implementation = attention
         grpo_train.checkpoint_layers(policy) if checkpointing else None
-        can_share = shares_prompts(network, max(map(len, prompts)) + C)
-        of_rows = completions, advantages, weights
-        batches = grpo_train.make_micro_batches(prompts, *of_rows, arguments.micro_batch, can_share)
-        values = {name: [] for name in grpo_train.TOKEN_METRICS}
-        grpo_train.update(policy, optimizer, batches, grpo_train.GRPOConfig(), None, accelerator, values)
+        can_share, size = shares_prompts(network, max(map(len, prompts)) + C), arguments.micro_batch
+        batches = grpo_train.make_micro_batches(prompts, completions, advantages, weights, size, can_share)
+        how, values = grpo_train.GRPOConfig(), collections.defaultdict(list)
+        grpo_train.update(policy, optimizer, batches, how, None, accelerator, values)
         network.gradient_checkpointing_disable()
         policy.eval()
 

@@ -23,8 +23,6 @@ import grpo_train
 import utils
 from generation import Completions, inner_model, shares_prompts
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def measure(config):
     """Print rows, positions, saved and peak GiB of the first micro-batch."""
@@ -58,7 +56,7 @@ def measure(config):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default=str(ROOT / "grpo_config.yml"), help="YAML file (%(default)s)")
+    parser.add_argument("--config", default=f"{sys.path[0]}/grpo_config.yml", help="YAML file (%(default)s)")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192, 16384], help="micro_batch_tokens")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys to override")

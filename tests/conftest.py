@@ -41,6 +41,7 @@ from generation import DecodeSettings
 from runs import checkpoint_folders, newest_checkpoint
 from utils import load_config
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 for number in runs.STOP_SIGNALS[1:]:  # nohup makes processes ignore them
     signal.signal(number, signal.SIG_DFL)
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from conftest import EOS, VOCAB, make_model, random_prompts, settings
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+from transformers import OPTConfig, OPTForCausalLM
 
 import generation
 import grpo_train
@@ -142,7 +142,7 @@ def step_gradient(model, config, rows_per_batch, prompts, completions, drift=0.0
     accelerator, values = Accelerator(cpu=True), defaultdict(list)
     losses, norm, _ = grpo_train.update(model, Mock(), batches, config, None, accelerator, values)
     gradient = torch.cat([p.grad.flatten() for p in trained(model).values()])  # the mock optimizer takes no step
-    return gradient, losses, utils.summarize(values, {"ratio"}, accelerator) | {"grad_norm": norm}
+    return gradient, losses, utils.summarize(values, {"ratio"}) | {"grad_norm": norm}
 
 
 @pytest.mark.parametrize("normalization", ["token", "sequence", "constant"])
@@ -410,24 +410,6 @@ def test_micro_batches_hold_whole_groups_within_the_budget_of_positions_that_the
         assert not is_shared or len(batch.ids) == 3 * len(prompts_in)  # whole groups, except rows without weight
     single = grpo_train.make_micro_batches(prompts, completions, weights, weights, 1, is_shared)
     assert [len(batch.ids) for batch in single] == [1] * 12
-
-
-@pytest.mark.parametrize("targets", ["all-linear", ["c_attn", "c_proj"]])
-def test_adapters_for_all_linear_layers_and_for_those_of_gpt2(targets):
-    config = GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=EOS, bos_token_id=EOS
-    )
-    torch.manual_seed(0)
-    model = make_policy(GPT2LMHeadModel(config).eval(), LoRA(rank=4, target_modules=targets), False)
-    adapted = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_" in name}
-    assert adapted == {"c_attn", "c_proj"} | ({"c_fc"} if targets == "all-linear" else set())
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.1)
-    ids = torch.tensor(random_prompts([12]))
-    logits = model(ids).logits
-    with sampling_mode(model):
-        torch.testing.assert_close(model(ids).logits, logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("odd", [{"target_modules": ".*q_proj"}, {"target_modules": ["q_proj"], "bias": "all"}])

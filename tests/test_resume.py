@@ -136,7 +136,7 @@ def test_run_that_dies_between_logging_and_saving_logs_no_step_twice(tmp_path, m
 
 def test_accuracy_by_tokens_of_lost_steps_is_purged(tmp_path, script):
     size = "group_size" if script.key == "grpo" else "population_size"
-    overrides = [f"{size}=24", "eval_every=1", "num_steps=2", "lr_schedule=constant"]
+    overrides = [f"{size}=20", "eval_every=1", "num_steps=2", "lr_schedule=constant"]  # over 1,000 tokens per step
     folder = script.train(tmp_path / "run", *overrides)
     uninterrupted = scalars(folder / "by_tokens")
     shutil.rmtree(folder / "checkpoints" / "step_000002")
@@ -398,7 +398,7 @@ def work_done(script, folder):
     return max(checkpoint_folders(folder), default=0)
 
 
-@pytest.mark.parametrize("num_kills", [3, pytest.param(int(os.environ.get("KILLS", 30)), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_kills", [2, pytest.param(int(os.environ.get("KILLS", 30)), marks=pytest.mark.slow)])
 def test_run_killed_again_and_again_ends_as_an_uninterrupted_one(tmp_path, script, num_kills):
     """Kill at random moments. Set KILLS=300 in the environment for more kills."""
     rng = random.Random(0)
@@ -456,8 +456,7 @@ def test_killed_run_leaves_no_children_behind_and_a_stopped_one_scores_its_step(
         while at_work() and time.monotonic() < limit:
             time.sleep(0.05)
         assert not at_work()
-    process = Process(script, folder, *overrides, import_path=[ROOT / "tests"])
-    assert process.wait() == 0, process.err
+    assert newest_checkpoint(folder)[1]["step"] == work_done(script, folder) > before
 
 
 def test_second_process_is_refused_and_a_second_signal_ends_the_first_at_once(tmp_path, script):

@@ -50,7 +50,7 @@ from runs import checkpoint_folders, completion_table, newest_checkpoint, read_s
 
 
 def test_signal_stops_after_the_step_with_a_checkpoint_and_prints_the_command_that_resumes(tmp_path, script):
-    folder, overrides = tmp_path / "run", ["num_steps=10", "checkpoint_every=2"]
+    folder, overrides = tmp_path / "run", ["num_steps=7", "checkpoint_every=2"]
     process = Process(script, folder, *overrides)
     process.wait_until(lambda: "held-out" in process.out)  # output to a file is flushed line by line
     process.wait_until(lambda: 2 in checkpoint_folders(folder))
@@ -59,7 +59,7 @@ def test_signal_stops_after_the_step_with_a_checkpoint_and_prints_the_command_th
     assert process.wait() == 128 + number, process.err
     assert "stopping after this step; a second signal stops at once" in process.err and "Traceback" not in process.err
     step = int(re.search(r"stopped after step (\d+); to resume:\n", process.out)[1])
-    assert 2 <= step < 10 and max(checkpoint_folders(folder)) == step and not (folder / "model").exists()
+    assert 2 <= step < 7 and max(checkpoint_folders(folder)) == step and not (folder / "model").exists()
     assert [at for at, _ in scalars(folder)["reward/mean"]] == list(range(1, step + 1))
     command = shlex.split(process.out.splitlines()[-1])
     assert command == ["python", str(ROOT / f"{script.name}.py"), "--config", str(folder / "config.yml")]
