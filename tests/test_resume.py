@@ -41,14 +41,13 @@ from runs import checkpoint_folders, newest_checkpoint
 from utils import fingerprint, load_config, load_model
 
 DRAW = "rewards={accuracy: 1.0, 'test_resume:draw': 1.0}"
-UNSCALED = "scale_advantages=none"
+UNSCALED, DYNAMIC = "scale_advantages=none", ["max_sampling_rounds=3", "rewards={accuracy: 1.0}"]
 WAYS = {
     "grpo": ("grpo", ["loss_normalization=constant", "scale_advantages=batch"]),
-    "grpo-updates": ("grpo", ["kl_weight=0.1", "updates_per_step=2", "weight_decay=0.1", "group_size=2"]),
+    "grpo-dynamic": ("grpo", [*DYNAMIC, "kl_weight=0.1", "updates_per_step=2", "weight_decay=0.1", "group_size=2"]),
     "grpo-bf16": ("grpo", ["dtype=bfloat16", "gradient_checkpointing=true", "loss_normalization=sequence", DRAW]),
     "grpo-full-bf16": ("grpo", ["lora=null", "dtype=bfloat16", "kl_weight=0.1", "learning_rate=1e-4", UNSCALED]),
     "grpo-adapter": ("grpo", ["model=ADAPTER", "lora.rank=8", "kl_weight=0.1", "learning_rate=0.01"]),
-    "grpo-dynamic": ("grpo", ["max_sampling_rounds=3", "rewards={accuracy: 1.0}"]),
     "es": ("es", ["population_size=5"]),
     "es-antithetic-decay": ("es", ["antithetic=true", "noise_schedule=linear", "lr_schedule=cosine", DRAW]),
     "es-gaussian-bf16": ("es", ["perturbation=gaussian", "dtype=bfloat16", "population_size=4"]),

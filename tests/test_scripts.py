@@ -363,11 +363,11 @@ def seen(folder, rank):
     return json.loads((folder.parent / f"seen{rank}.json").read_text())
 
 
+SEQUENCE = ["kl_weight=0.05", "loss_normalization=sequence"]
 MULTI_PROCESS = {
     # Five prompts and seven evaluation problems do not divide by two. Sequence means and the KL have their own sums.
     "grpo": ["prompts_per_step=5"],
-    "grpo-sequence": ["prompts_per_step=5", "kl_weight=0.05", "loss_normalization=sequence"],
-    "grpo-dynamic": ["prompts_per_step=5", "max_sampling_rounds=3", "rewards={accuracy: 1}", "seed=3"],
+    "grpo-dynamic": ["prompts_per_step=5", "max_sampling_rounds=3", "rewards={accuracy: 1}", "seed=3", *SEQUENCE],
     "es": ["population_size=5"],
     "es-gaussian": ["perturbation=gaussian", "antithetic=true"],
 }
