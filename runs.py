@@ -487,7 +487,10 @@ def open_folder(config):
     Return the folder, the config that resumes the run, and the lock.
     """
     folder = check_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"log_dir: {folder} cannot be created: {one_line(error)}") from None
     lock = filelock.FileLock(folder / "run.lock", timeout=0, is_singleton=True)
     try:
         lock.acquire()

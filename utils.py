@@ -4,7 +4,7 @@
     setup                      set_up: model, tokenizer, problems with their prompts; fit_to_memory: GRPO's batch sizes
     models and tokenizers      load_model and what it refuses, stop_ids, save_model, fingerprint
     prompts and completions    encode_prompts, completion_texts
-    a step                     draw_problems, schedule_factor; score_completions, non_finite; evaluate
+    a step                     seeded_generator, draw_problems, schedule_factor; score_completions, non_finite; evaluate
     multiple processes         share, gather_scores, sum_gradients, summarize
 To change prompts, edit `encode_prompts`. To add a metric of completions, edit `score_completions`, and
 `completion_metrics` in runs.py, which logs it. Elsewhere: the decode loop (generation.py), checkpoints and logs
@@ -722,5 +722,6 @@ def summarize(values, extremes):
         totals, counts, lows, highs = zip(*part, strict=True)
         summary[name] = sum(totals) / sum(counts)
         if name in extremes:
-            summary |= {f"{name}_min": min(lows), f"{name}_max": max(highs)}
+            low, high = torch.tensor(lows).min().item(), torch.tensor(highs).max().item()  # NaN if any is
+            summary |= {f"{name}_min": low, f"{name}_max": high}
     return summary

@@ -455,7 +455,8 @@ def test_killed_run_leaves_no_children_behind_and_a_stopped_one_scores_its_step(
         while at_work() and time.monotonic() < limit:
             time.sleep(0.05)
         assert not at_work()
-    assert newest_checkpoint(folder)[1]["step"] == work_done(script, folder) > before
+    step = int(re.search(r"stopped after step (\d+)", process.out)[1])
+    assert newest_checkpoint(folder)[1]["step"] == step == len(scalars(folder)["reward/mean"])
 
 
 def test_second_process_is_refused_and_a_second_signal_ends_the_first_at_once(tmp_path, script):

@@ -262,6 +262,9 @@ def test_folder_is_made_or_reopened_and_never_one_with_anything_else_in_it(tmp_p
     for name in ("new", "new", "empty", "killed", "begun"):
         assert find(run_name=name) == tmp_path / name and (tmp_path / name).is_dir()
     assert find(run_name=None) != find(run_name=None)  # in the same second
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="^log_dir: .*link/run cannot be created: .*File exists"):
+        runs.open_folder(SCRIPTS["es"].config(tmp_path / "link" / "run"))
     for values in ({"run_name": "begun", "resume": "never"}, {"run_name": "foreign"}, {"run_name": "other"}):
         with pytest.raises(UserError, match="(begun|foreign|other) already exists; choose another name or delete it"):
             find(**values)
