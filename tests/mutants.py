@@ -25,6 +25,7 @@ def unescape(cell):
 
 def tests_fail(copy, *tests):
     command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    command += ["-k", "not every_mutant_breaks"]  # it fails for each mutant
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     assert done.returncode in (0, 1, 2), done.stdout + done.stderr  # 2: importing the mutant fails
     return done.returncode != 0
