@@ -28,8 +28,8 @@ Departures from the paper:
 
 Where to make changes: the advantage in `group_advantages`; the loss in `policy_loss` and `token_weights`, combined in
 `micro_batch_loss`; the trained parameters in `make_policy`; the loop and metrics in `train`, per-token metrics in
-`micro_batch_loss`. Elsewhere: sampling and log-probs (generation.py), rewards (reward.py),
-checkpoints and logs (runs.py).
+`micro_batch_loss`. Elsewhere: sampling and log-probs (generation.py), rewards (reward.py), checkpoints and logs
+(runs.py).
 
 Shapes: P prompts, G completions per prompt, B rows of all groups, b rows in a micro-batch, T tokens.
 """
@@ -187,7 +187,7 @@ def make_policy(model, lora, gradient_checkpointing):
         utils.check_tied_head(model, targets)
         shape = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": lora.target_modules}
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **shape))
-    model.eval()  # no dropout, not in a loaded adapter either; gradients still flow
+    model.eval()  # no dropout, even in a loaded adapter; gradients still flow
     group_adapters(model)  # for speed
     if gradient_checkpointing:
         checkpoint_layers(model)
